@@ -1,0 +1,6 @@
+"""Lightning callbacks."""
+
+from lightning_hetu.callbacks.loss_curve import LossCurve
+from lightning_hetu.callbacks.plan_monitor import PlanMonitor
+
+__all__ = ["LossCurve", "PlanMonitor"]

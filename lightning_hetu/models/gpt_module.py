@@ -1,0 +1,234 @@
+"""The LightningModule around :class:`~lightning_hetu.models.gpt.GPT`: loss, logging, optimizer, learning rate.
+
+It contains nothing about devices. ``Trainer(strategy="hetu_auto")`` cuts it by what :class:`PipelineMixin` names, and
+every other strategy runs it as it stands.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import LambdaLR
+
+from lightning_hetu.models.gpt import GPT, GPTConfig
+from lightning_hetu.parallel.pipeline_mixin import PipelineMixin
+
+
+class GPTLightningModule(PipelineMixin, LightningModule):
+    """Trains a small GPT to predict the next token.
+
+    Logs ``train_loss``, ``val_loss`` and ``test_loss`` in nats per token. With a datamodule that knows its
+    ``characters_per_token`` (such as :class:`~lightning_hetu.data.TextDataModule`) it also logs
+    ``val_loss_per_character``, and beside it ``bigram_loss_per_character``: what counting pairs of tokens achieves on
+    the same text. A model above that number has learned nothing that needs a network.
+
+    Args:
+        vocab_size: Number of different tokens. Link it to the datamodule's ``vocab_size``.
+        max_seq_len: Context length in tokens. The datamodule's ``seq_len`` must not exceed it.
+        num_layers: Number of transformer blocks.
+        num_heads: Attention heads per block. Must divide ``dim``.
+        dim: Width of the residual stream.
+        mlp_ratio: Hidden width of the MLP as a multiple of ``dim``.
+        dropout: Probability of zeroing an element of each branch's output in training.
+        norm_eps: Constant under the root of RMSNorm.
+        learning_rate: Highest learning rate of AdamW.
+        betas: Decay rates of AdamW's two moments.
+        weight_decay: Decoupled weight decay; matrices and tables only, not the norms' gains.
+        lr_schedule: After the warmup, hold the learning rate or let it fall along half a cosine.
+        warmup_steps: Optimizer steps over which the learning rate rises linearly from zero.
+        total_steps: Optimizer steps at which the cosine ends. Default: as many as the Trainer will make; if it does not
+            know (``max_epochs=-1`` without ``max_steps``), the learning rate is held.
+        min_lr_ratio: Last learning rate of the cosine, as a fraction of ``learning_rate``.
+
+    Raises:
+        ValueError: If a size or a rate is out of range.
+    """
+
+    pipeline_embedding = "model.embedding"
+    pipeline_blocks = "model.blocks"
+    pipeline_head = "model.head"
+
+    def __init__(
+        self,
+        vocab_size: int,
+        max_seq_len: int = 128,
+        num_layers: int = 6,
+        num_heads: int = 4,
+        dim: int = 128,
+        mlp_ratio: float = 4.0,
+        dropout: float = 0.0,
+        norm_eps: float = 1e-5,
+        learning_rate: float = 2e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.1,
+        lr_schedule: Literal["cosine", "constant"] = "cosine",
+        warmup_steps: int = 20,
+        total_steps: int | None = None,
+        min_lr_ratio: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if learning_rate <= 0:
+            raise ValueError(f"learning_rate={learning_rate}: expected a positive number.")
+        if lr_schedule not in ("cosine", "constant"):
+            raise ValueError(f"lr_schedule={lr_schedule!r}: expected 'cosine' or 'constant'.")
+        if warmup_steps < 0:
+            raise ValueError(f"warmup_steps={warmup_steps}: expected zero or more.")
+        if total_steps is not None and total_steps < 1:
+            raise ValueError(f"total_steps={total_steps}: expected at least 1, or nothing to take the Trainer's.")
+        self.save_hyperparameters()
+        self.model = GPT(
+            GPTConfig(
+                vocab_size=vocab_size,
+                max_seq_len=max_seq_len,
+                num_layers=num_layers,
+                num_heads=num_heads,
+                dim=dim,
+                mlp_ratio=mlp_ratio,
+                dropout=dropout,
+                norm_eps=norm_eps,
+            )
+        )
+        self.learning_rate = learning_rate
+        self.betas = betas
+        self.weight_decay = weight_decay
+        self.lr_schedule = lr_schedule
+        self.warmup_steps = warmup_steps
+        self.total_steps = total_steps
+        self.min_lr_ratio = min_lr_ratio
+
+    def setup(self, stage: str) -> None:
+        """Compare the model's sizes with those of the datamodule, before anything is computed.
+
+        Raises:
+            ValueError: If the data has more tokens or longer samples than the model was built for.
+        """
+        datamodule = getattr(self.trainer, "datamodule", None)
+        config = self.model.config
+        vocab_size, seq_len = (getattr(datamodule, name, None) for name in ("vocab_size", "seq_len"))
+        if vocab_size is not None and vocab_size > config.vocab_size:
+            raise ValueError(
+                f"vocab_size={config.vocab_size} of the model: the datamodule has {vocab_size} tokens. Raise the"
+                " model's vocab_size, or lower the datamodule's max_vocab_size."
+            )
+        if seq_len is not None and seq_len > config.max_seq_len:
+            raise ValueError(
+                f"max_seq_len={config.max_seq_len} of the model: the datamodule's samples have seq_len={seq_len}."
+                " Raise the one, or lower the other."
+            )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits ``[batch, sequence, vocab_size]`` of the token after each position of ``[batch, sequence]`` tokens."""
+        return self.pipeline_forward(tokens)
+
+    def pipeline_loss(self, output: Tensor, target: Tensor) -> Tensor:
+        """Mean cross entropy in nats per token.
+
+        Args:
+            output: Logits ``[batch, sequence, vocab_size]``, any floating dtype; the loss is computed in float32.
+            target: Tokens to be predicted, int64 ``[batch, sequence]``.
+
+        Returns:
+            A float32 scalar.
+        """
+        return F.cross_entropy(output.flatten(0, 1).float(), target.flatten())
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Loss of one batch of ``(tokens, targets)``, both int64 ``[batch, sequence]``."""
+        tokens, targets = batch
+        loss = self.pipeline_step(tokens, targets)
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(tokens))
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Log ``val_loss`` and, where the datamodule allows, the losses per character."""
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Log ``test_loss`` and, where the datamodule allows, the losses per character."""
+        self._evaluate("test", batch)
+
+    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Log-probability the model gives to each target, float32 ``[batch, sequence]``."""
+        tokens, targets = batch
+        log_probabilities = self(tokens).float().log_softmax(dim=-1)
+        return log_probabilities.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """AdamW, and a learning rate that is set anew at every optimizer step."""
+        decayed = [parameter for parameter in self.parameters() if parameter.ndim >= 2]
+        kept = [parameter for parameter in self.parameters() if parameter.ndim < 2]
+        groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+        # A pipeline stage may hold no norm at all; its groups must still be those of the other stages.
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas)
+        factor = partial(
+            learning_rate_factor,
+            warmup_steps=self.warmup_steps,
+            total_steps=self._cosine_steps(),
+            min_ratio=self.min_lr_ratio,
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"},
+        }
+
+    def example_batch(self, batch_size: int) -> tuple[Tensor, Tensor]:
+        """Random tokens of the model's full context length, to measure time and memory with.
+
+        Args:
+            batch_size: Number of samples.
+
+        Returns:
+            ``(tokens, targets)``, both int64 ``[batch_size, max_seq_len]`` on the CPU; the same at every call.
+        """
+        config = self.model.config
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(config.vocab_size, (batch_size, config.max_seq_len + 1), generator=generator)
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def _evaluate(self, stage: str, batch: tuple[Tensor, Tensor]) -> None:
+        tokens, targets = batch
+        loss = self.pipeline_step(tokens, targets)
+        log = partial(self.log, on_epoch=True, sync_dist=True, batch_size=len(tokens))
+        log(f"{stage}_loss", loss, prog_bar=True)
+        datamodule = getattr(self.trainer, "datamodule", None)
+        characters_per_token = getattr(datamodule, "characters_per_token", None)
+        if characters_per_token:
+            log(f"{stage}_loss_per_character", loss / characters_per_token)
+        bigram_loss = getattr(datamodule, "bigram_loss_per_character", None)
+        if bigram_loss:
+            log("bigram_loss_per_character", bigram_loss)
+
+    def _cosine_steps(self) -> int | None:
+        """Optimizer steps at which the cosine ends; ``None`` to hold the learning rate after the warmup."""
+        if self.lr_schedule == "constant":
+            return None
+        if self.total_steps is not None:
+            return self.total_steps
+        if self._trainer is None:
+            return None
+        estimated = self.trainer.estimated_stepping_batches
+        return int(estimated) if math.isfinite(estimated) else None
+
+
+def learning_rate_factor(step: int, warmup_steps: int, total_steps: int | None, min_ratio: float) -> float:
+    """What the highest learning rate is multiplied by: a linear rise, then half a cosine down to ``min_ratio``.
+
+    Args:
+        step: Optimizer steps made so far.
+        warmup_steps: Steps of the rise; the first step already learns.
+        total_steps: Step at which ``min_ratio`` is reached; ``None`` stays at 1 after the rise.
+        min_ratio: Where the cosine ends.
+    """
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    if total_steps is None:
+        return 1.0
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,0 +1,257 @@
+"""Applies a plan to a model, in place: per layer tensor parallelism, then recomputation, then data parallelism."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+from lightning_hetu.parallel.mesh import PlanMesh
+from lightning_hetu.parallel.recompute import apply_recompute
+from lightning_hetu.parallel.relayout import relayout
+from lightning_hetu.parallel.shard import apply_data_parallel, sum_gradients
+from lightning_hetu.parallel.stage import StageModule, boundary_dp
+from lightning_hetu.parallel.structure import ModelStructure, tensor_parallel_plan
+from lightning_hetu.parallel.tensor import apply_tensor_parallel
+from lightning_hetu.planning.layer_strategy import LayerStrategy
+from lightning_hetu.planning.plan import HybridPlan
+
+
+def check_plan_fits_model(plan: HybridPlan, structure: ModelStructure, root: nn.Module) -> None:
+    """Refuses a plan that this model cannot run.
+
+    Raises:
+        ValueError: One line that names the field of the plan and the remedy.
+    """
+    if plan.num_layers != len(structure.blocks):
+        raise ValueError(
+            f"plan.layers has {plan.num_layers} entries, but the model has {len(structure.blocks)} blocks"
+            f" ({structure.blocks[0]} to {structure.blocks[-1]}). Plan again for this model."
+        )
+    for field, strategy in plan.rows():
+        if strategy.sp > 1 or strategy.cp > 1:
+            raise ValueError(
+                f"plan.{field}={strategy}: sequence and context parallelism cannot be run yet; use sp1, cp1."
+            )
+        if not strategy.tp_consecutive and strategy.tp > 1 and strategy.dp > 1:
+            raise ValueError(f"plan.{field}={strategy}: only consecutive tensor-parallel ranks can be run.")
+    check_parameters(structure, root)
+    for field, name in structure.rows():
+        strategy = dict(plan.rows())[field]
+        if strategy.tp > 1 and structure.pipeline and not tensor_parallel_plan(root, name):
+            raise ValueError(
+                f"plan.{field}={strategy}, but {name} declares no tensor_parallel_plan: use tp1 for it, or declare one."
+            )
+    for field, strategy in (("embedding", plan.embedding), ("head", plan.head)):
+        if strategy.recompute:
+            raise ValueError(f"plan.{field}={strategy}: only blocks can be recomputed.")
+    if structure.pipeline:
+        return
+    if plan.pipeline_parallel_size > 1 or plan.num_microbatches > 1:
+        raise ValueError(
+            f"plan has {plan.pipeline_parallel_size} stages and {plan.num_microbatches} microbatches, but"
+            f" {type(root).__name__} has no pipeline support: derive it from PipelineMixin, or pin"
+            " pipeline_parallel_size=1 and num_microbatches=1."
+        )
+    if plan.embedding != plan.head:
+        raise ValueError(
+            f"plan.embedding={plan.embedding} and plan.head={plan.head} must be the same for {type(root).__name__}:"
+            " without pipeline support everything outside the blocks is one unit."
+        )
+
+
+def check_parameters(structure: ModelStructure, root: nn.Module) -> None:
+    """Refuses models with parameters that no layer of the plan holds, or more than one.
+
+    Raises:
+        ValueError: If a block is listed twice, a weight is shared between layers, or one of a module with pipeline
+            support lies outside of its three parts.
+    """
+    modules = [root.get_submodule(name) for name in structure.blocks]
+    if len({id(module) for module in modules}) < len(modules):
+        raise ValueError(
+            f"one module stands more than once in the blocks {structure.blocks[0]} to {structure.blocks[-1]}: a layer"
+            " can be parallelized only once. Give every position a module of its own."
+        )
+    units = tuple(name for _, name in structure.rows() if name is not None)
+    owners: dict[nn.Parameter, tuple[str | None, str]] = {}
+    for name, parameter in root.named_parameters(remove_duplicate=False):
+        unit = next((unit for unit in units if name.startswith(f"{unit}.")), None)
+        if unit is None and structure.pipeline and parameter.requires_grad:
+            raise ValueError(
+                f"parameter {name!r} lies outside of {structure.embedding!r}, the blocks and {structure.head!r}: no"
+                " pipeline stage would train it. Move it into one of them."
+            )
+        other, first = owners.setdefault(parameter, (unit, name))
+        if other != unit:
+            raise ValueError(
+                f"{name!r} and {first!r} are one shared parameter in two layers: tied weights across layers are not"
+                " supported. Give each its own parameter."
+            )
+
+
+def synchronize_initial_state(root: nn.Module) -> None:
+    """Gives every rank the parameters and buffers of rank 0; ranks may have drawn different initial weights."""
+    with torch.no_grad():
+        for tensor in (*root.parameters(), *root.buffers()):
+            data = tensor.detach()
+            if data.is_contiguous():
+                torch.distributed.broadcast(data, src=0)
+            else:
+                copy = data.contiguous()
+                torch.distributed.broadcast(copy, src=0)
+                data.copy_(copy)
+
+
+def build_stage(root: nn.Module, structure: ModelStructure, plan: HybridPlan, mesh: PlanMesh) -> StageModule:
+    """Parallelizes this rank's stage of a model with pipeline support and removes the other stages from ``root``.
+
+    Parameter names stay those of the whole model, so checkpoints do not depend on the plan.
+    """
+    assert structure.embedding is not None and structure.head is not None
+    first, last = plan.stage_bounds[mesh.stage]
+    names = [(structure.blocks[index], plan.layers[index]) for index in range(first, last)]
+    if mesh.is_first_stage:
+        names.insert(0, (structure.embedding, plan.embedding))
+    if mesh.is_last_stage:
+        names.append((structure.head, plan.head))
+    layers = [(root.get_submodule(name), strategy.dp) for name, strategy in names]
+    keep = {name for name, _ in names}
+    for name in (structure.embedding, *structure.blocks, structure.head):
+        if name not in keep:
+            _remove(root, name)
+    for name, strategy in names:
+        _parallelize(root, name, strategy, mesh)
+    stage = StageModule(
+        layers,
+        mesh,
+        input_dp=plan.embedding.dp if mesh.is_first_stage else boundary_dp(plan, mesh.stage - 1),
+        output_dp=plan.head.dp if mesh.is_last_stage else boundary_dp(plan, mesh.stage),
+    )
+    # The root has no parameters of its own left, but it ties the layers into one FSDP context.
+    fully_shard(stage, mesh=mesh.layout(names[0][1].dp, names[0][1].tp).data, reshard_after_forward=False)
+    sum_gradients(stage)
+    return stage
+
+
+class ModuleRoot(nn.Module):
+    """Runs an unchanged module below one FSDP root. Lightning redirects the step methods through its forward."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.samples = 0
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Forward of the module, or of whatever Lightning has put in its place for a step."""
+        self.samples = _local_samples((args, kwargs))
+        return self.module(*args, **kwargs)
+
+
+def build_module(root: nn.Module, structure: ModelStructure, plan: HybridPlan, mesh: PlanMesh) -> ModuleRoot:
+    """Parallelizes the blocks of any model, and everything outside them as one more unit.
+
+    The model runs its own forward; hooks change the layout of what goes into a block and comes out of the last one.
+    """
+    outside = plan.head
+    wrapper = ModuleRoot(root)
+    current = outside.dp
+    for name, strategy in zip(structure.blocks, plan.layers, strict=True):
+        _parallelize(root, name, strategy, mesh)
+        if {current, strategy.dp} != {outside.dp}:
+            hook = partial(_relayout_inputs, wrapper, mesh, (current, outside.dp), strategy.dp, name)
+            root.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
+        current = strategy.dp
+    if current != outside.dp:
+        hook = partial(_relayout_outputs, wrapper, mesh, (current, outside.dp), structure.blocks[-1])
+        root.get_submodule(structure.blocks[-1]).register_forward_hook(hook)
+    apply_data_parallel(wrapper, mesh.layout(outside.dp, outside.tp), outside.dp_type)
+    return wrapper
+
+
+def _parallelize(root: nn.Module, name: str, strategy: LayerStrategy, mesh: PlanMesh) -> None:
+    layer = root.get_submodule(name)
+    layout = mesh.layout(strategy.dp, strategy.tp)
+    if strategy.tp > 1:
+        apply_tensor_parallel(layer, layout.tensor, tensor_parallel_plan(root, name))
+    if strategy.recompute:
+        apply_recompute(layer)
+    apply_data_parallel(layer, layout, strategy.dp_type)
+
+
+def _remove(root: nn.Module, name: str) -> None:
+    parent_name, _, child = name.rpartition(".")
+    parent = root.get_submodule(parent_name)
+    if isinstance(parent, nn.ModuleList | nn.ModuleDict | nn.Sequential):
+        del parent._modules[child]  # not delattr: it would renumber, and names must stay those of the whole model
+    else:
+        setattr(parent, child, None)
+
+
+def _relayout_inputs(
+    wrapper: ModuleRoot,
+    mesh: PlanMesh,
+    sources: tuple[int, int],
+    target_dp: int,
+    name: str,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    moved: tuple[tuple[Any, ...], dict[str, Any]] = _relayout_from(
+        (args, kwargs), wrapper, mesh, sources, target_dp, name
+    )
+    return moved
+
+
+def _relayout_outputs(
+    wrapper: ModuleRoot,
+    mesh: PlanMesh,
+    sources: tuple[int, int],
+    name: str,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    output: Any,
+) -> Any:
+    return _relayout_from(output, wrapper, mesh, sources, sources[1], name)
+
+
+def _relayout_from(
+    values: Any, wrapper: ModuleRoot, mesh: PlanMesh, sources: tuple[int, int], target_dp: int, name: str
+) -> Any:
+    """Brings every tensor with a batch dimension into one layout.
+
+    Args:
+        values: What a block is given or returns.
+        wrapper: Knows the local rows outside of the blocks.
+        mesh: Meshes of the plan.
+        sources: Batch shards of what the previous block returns, and of what comes from outside. The number of rows of
+            a tensor tells which it is; where both give the same number, they are the same layout.
+        target_dp: Batch shards wanted.
+        name: Name of the block, for the error message.
+    """
+    total = wrapper.samples * sources[1]
+    rows = {total // dp: dp for dp in sources}
+    first = _local_samples(values)
+    if first not in rows:
+        raise ValueError(
+            f"{name} works on {first} rows where the batch has {wrapper.samples}: its activations do not keep the batch"
+            " in dimension 0, so its layers cannot have different data-parallel degrees. Pin one, for example"
+            " pins={'layers': 'dp4-zero3'}."
+        )
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.ndim == 0 or tensor.shape[0] not in rows:
+            return tensor
+        return relayout(tensor, mesh, rows[tensor.shape[0]], target_dp)
+
+    return torch.utils._pytree.tree_map_only(torch.Tensor, move, values)
+
+
+def _local_samples(values: Any) -> int:
+    """Local rows: dimension 0 of the first tensor that has one."""
+    leaves = torch.utils._pytree.tree_leaves(values)
+    return next((leaf.shape[0] for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.ndim), 0)

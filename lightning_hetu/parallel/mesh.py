@@ -1,0 +1,111 @@
+"""The device meshes of a plan: one world mesh, unflattened once for every layout in it.
+
+All layouts come from the same root mesh, because FSDP2 joins the data-parallel and the tensor-parallel mesh of a layer
+and refuses meshes of different roots; it also lets them share process groups. Ranks are ordered with the pipeline
+stage outermost and tensor parallelism innermost. Every rank must build the same meshes in the same order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Placement, Replicate, Shard
+
+from lightning_hetu.planning.plan import HybridPlan
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Meshes of one (dp, tp) factorization of a stage, as seen by this rank.
+
+    Args:
+        data: 1-D mesh of size ``dp``.
+        replicate: 2-D mesh of size ``(dp, 1)``: replicate over the first dimension, shard over the second (HSDP).
+        tensor: 1-D mesh of size ``tp``.
+    """
+
+    data: DeviceMesh
+    replicate: DeviceMesh
+    tensor: DeviceMesh
+
+
+class PlanMesh:
+    """All meshes that ``plan`` needs, built collectively.
+
+    Args:
+        plan: The plan; its ``world_size`` must be that of the process group.
+        device_type: ``"cpu"``, ``"cuda"``, ...
+
+    Raises:
+        ValueError: If the world has another size than the plan, or its data-parallel degrees do not divide each other.
+    """
+
+    def __init__(self, plan: HybridPlan, device_type: str) -> None:
+        world_size = torch.distributed.get_world_size()
+        if plan.world_size != world_size:
+            raise ValueError(
+                f"plan.world_size={plan.world_size}, but {world_size} devices were started. Give"
+                f" devices={plan.world_size}, or plan again for {world_size}."
+            )
+        self.plan = plan
+        self.rank = torch.distributed.get_rank()
+        self.stage, self.stage_rank = divmod(self.rank, plan.devices_per_stage)
+        self.root = init_device_mesh(device_type, (world_size,), mesh_dim_names=("world",))
+        stages, size = plan.pipeline_parallel_size, plan.devices_per_stage
+
+        degrees = {(row.dp, row.tp) for _, row in plan.rows()}
+        self._layouts: dict[tuple[int, int], Layout] = {}
+        for dp, tp in sorted(degrees):
+            if dp * tp != size:
+                raise ValueError(f"a layout of dp={dp}, tp={tp} does not fill a stage of {size} devices.")
+            tag = f"{dp}x{tp}"
+            mesh = _unflatten(self.root, (stages, dp, 1, tp), (f"pp{tag}", f"dp{tag}", f"shard{tag}", f"tp{tag}"))
+            self._layouts[dp, tp] = Layout(
+                data=mesh[f"dp{tag}"], replicate=mesh[f"dp{tag}", f"shard{tag}"], tensor=mesh[f"tp{tag}"]
+            )
+
+        # The axes over which activations are described: the common refinement of all data-parallel degrees, so that
+        # every layout shards some outer axes and replicates the rest. All degrees of a power-of-two stage refine.
+        cuts = sorted({1, size, *(dp for dp, _ in degrees)})
+        sizes = tuple(b // a for a, b in zip(cuts, cuts[1:], strict=False)) or (1,)
+        if any(b % a for a, b in zip(cuts, cuts[1:], strict=False)):
+            raise ValueError(f"the data-parallel degrees {cuts} of one plan must divide each other.")
+        names = tuple(f"batch{index}" for index in range(len(sizes)))
+        mesh = _unflatten(self.root, (stages, *sizes), ("pp", *names))
+        self.activation = mesh[names] if len(names) > 1 else mesh[names[0]]
+        self._cuts = cuts
+        if len(names) > 1:
+            _flatten(self.activation, "stage")  # lets DTensor gather over several axes in one collective
+        self.pipeline = mesh["pp"]
+
+    def layout(self, dp: int, tp: int) -> Layout:
+        """Meshes of a layer with these degrees."""
+        return self._layouts[dp, tp]
+
+    def placements(self, dp: int) -> tuple[Placement, ...]:
+        """How activations of a layer with ``dp`` lie on :attr:`activation`: batch sharded ``dp`` ways, else copied."""
+        return tuple(Shard(0) if cut <= dp else Replicate() for cut in self._cuts[1:]) or (Replicate(),)
+
+    def data_index(self, dp: int) -> int:
+        """Which of ``dp`` batch shards this rank works on."""
+        return self.stage_rank * dp // self.plan.devices_per_stage
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank works on the embedding."""
+        return self.stage == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank works on the head."""
+        return self.stage == self.plan.pipeline_parallel_size - 1
+
+
+def _unflatten(mesh: DeviceMesh, sizes: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
+    return mesh._unflatten(0, sizes, names)  # private in torch 2.11 to 2.13
+
+
+def _flatten(mesh: DeviceMesh, name: str) -> DeviceMesh:
+    return mesh._flatten(name)  # private in torch 2.11 to 2.13

@@ -1,0 +1,326 @@
+"""What a cost model answers, and what follows from its answers for a whole plan.
+
+A cost model prices one *row* of a plan (embedding, one block, or head) under one strategy: seconds per microbatch,
+seconds of gradient synchronization, and bytes in each phase of a step. Everything here is the same for all cost
+models; :mod:`~lightning_hetu.planning.hetu_cost` prices our own executor, and
+:mod:`~lightning_hetu.planning.galvatron_cost` follows the released Galvatron 3.
+
+Memory is the largest of the phases of a step, not a sum of their maxima (Galvatron-BMW, arXiv 2307.02031, section 3,
+refined). Rows run forward first to last and backward last to first, so while row ``r`` runs, the rows in front of it
+hold their activations and the rows behind it have already released theirs.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_hetu.planning.plan import HybridPlan, PlanPrediction, Schedule
+
+if TYPE_CHECKING:
+    from lightning_hetu.planning.layer_strategy import LayerStrategy
+
+CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "gathered", "transient")
+"""Kinds of memory, in the order of a byte vector (``int64[6]``)."""
+
+Bytes = NDArray[np.int64]
+
+
+def byte_vector(**sizes: float) -> Bytes:
+    """A byte vector from sizes by category, each rounded up to whole bytes."""
+    return np.array([int(np.ceil(sizes.pop(name, 0.0))) for name in CATEGORIES], dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The part of a plan that is the same for all its rows."""
+
+    world_size: int
+    global_batch_size: int
+    num_microbatches: int
+    stages: tuple[int, ...]
+    schedule: Schedule = "1f1b"
+
+    @classmethod
+    def of(cls, plan: HybridPlan) -> Setting:
+        """The setting of a plan."""
+        return cls(plan.world_size, plan.global_batch_size, plan.num_microbatches, plan.stages, plan.schedule)
+
+    @property
+    def num_stages(self) -> int:
+        """Pipeline-parallel degree P."""
+        return len(self.stages)
+
+    @property
+    def devices_per_stage(self) -> int:
+        """Devices of one stage."""
+        return self.world_size // len(self.stages)
+
+    @property
+    def microbatch_size(self) -> int:
+        """Samples of one microbatch over all devices of a stage."""
+        return self.global_batch_size // self.num_microbatches
+
+    def in_flight(self, stage: int) -> int:
+        """Microbatches whose activations a stage holds at once: all under gpipe, ``min(P - stage, m)`` under 1f1b."""
+        if self.num_stages == 1:
+            return 1
+        if self.schedule == "gpipe":
+            return self.num_microbatches
+        return min(self.num_stages - stage, self.num_microbatches)
+
+    def rows(self, stage: int) -> range:
+        """Rows of a stage. Row 0 is the embedding, row ``i + 1`` block ``i``, the last row the head."""
+        ends = list(accumulate(self.stages))
+        first = 0 if stage == 0 else ends[stage - 1] + 1
+        return range(first, ends[stage] + (2 if stage == self.num_stages - 1 else 1))
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the whole plan: embedding, blocks, head."""
+        return sum(self.stages) + 2
+
+
+@dataclass(frozen=True)
+class RowMemory:
+    """Bytes per device of one row, by category, at the moments of a step that matter.
+
+    Args:
+        held: After its forward, while other rows run: states, activations of all microbatches in flight, gathered
+            parameters.
+        released: After its backward of one microbatch.
+        forward: While its forward runs.
+        backward: While its backward runs.
+        step: While the optimizer steps.
+    """
+
+    held: Bytes
+    released: Bytes
+    forward: Bytes
+    backward: Bytes
+    step: Bytes
+
+
+@dataclass(frozen=True)
+class RowCost:
+    """Price of one row under one strategy.
+
+    Args:
+        seconds: Seconds per microbatch without gradient synchronization and without relayout of its input.
+        sync: Additional seconds once per step.
+        memory: Bytes per device.
+        parts: Where the seconds go, by name; those of ``sync`` have names ending in ``_per_step``.
+    """
+
+    seconds: float
+    sync: float
+    memory: RowMemory
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Restriction:
+    """A part of the search space: which strategies it has, and the bytes per stage it costs."""
+
+    allows: Callable[[LayerStrategy], bool]
+    base: Bytes
+
+
+class CostModel(ABC):
+    """Prices the rows of a plan; see the module."""
+
+    name: str
+    num_layers: int
+    num_devices: int
+    pipeline: bool = True
+    """Whether the model can be cut into stages."""
+    microbatches: bool = True
+    """Whether a batch can be cut into microbatches."""
+    split_vocab: bool = True
+    """Whether embedding and head may have strategies of their own."""
+    additive_sync: bool = True
+    """Whether a step of a single stage takes ``m * time per microbatch + synchronization``."""
+    exact_pipeline: bool = True
+    """Whether the search trades time per microbatch against synchronization across stages exactly; otherwise it
+    minimizes ``m * time + synchronization`` of every stage, as the paper does."""
+
+    @abstractmethod
+    def strategies(self, row: int, setting: Setting) -> list[LayerStrategy]:
+        """Strategies the search looks at for a row, in order of preference among equals."""
+
+    @abstractmethod
+    def row_kind(self, row: int) -> Hashable:
+        """Equal for rows whose prices are equal, up to stage borders and microbatches in flight."""
+
+    @abstractmethod
+    def row_cost(self, row: int, stage: int, strategy: LayerStrategy, setting: Setting) -> RowCost:
+        """Price of one row. Stage borders (send, receive) count to the stage's first and last row."""
+
+    @abstractmethod
+    def relayout_seconds(self, row: int, before: LayerStrategy, after: LayerStrategy, setting: Setting) -> float:
+        """Seconds per microbatch to bring the output of row ``row - 1`` into the layout of ``row``, both directions."""
+
+    @abstractmethod
+    def iteration_time(self, seconds: Sequence[float], sync: Sequence[float], setting: Setting) -> float:
+        """Seconds of one step from the seconds per microbatch and the synchronization of every stage."""
+
+    def time_bound(self, seconds: Sequence[float], sync: Sequence[float], setting: Setting) -> float:
+        """No step is faster whose stages take at least these times."""
+        return self.iteration_time(seconds, sync, setting)
+
+    @abstractmethod
+    def stage_base(self, stage: int, setting: Setting, strategies: Sequence[LayerStrategy] | None = None) -> Bytes:
+        """Bytes per device of a stage that belong to none of its rows.
+
+        Args:
+            stage: The stage.
+            setting: The setting.
+            strategies: All rows of a plan; without them, what every plan needs.
+        """
+
+    def restrictions(self, setting: Setting) -> list[Restriction]:
+        """Parts of the search space that need different memory outside of the rows; together they are all of it."""
+        return [Restriction(lambda strategy: True, byte_vector())]
+
+    def reserve(self, memory_budget: int) -> int:
+        """Bytes of a budget that are kept aside and not planned with."""
+        return 0
+
+    def budget_for(self, peak: int) -> int:
+        """Smallest budget whose planned part holds ``peak`` bytes."""
+        return peak
+
+    @abstractmethod
+    def row_name(self, row: int) -> str:
+        """Layer type of a row, for tables."""
+
+
+def pipeline_time(seconds: Sequence[float], sync: Sequence[float], num_microbatches: int) -> float:
+    """Textbook pipeline: fill and drain once, ``m - 1`` rounds of the slowest stage, the largest synchronization."""
+    return (num_microbatches - 1) * max(seconds) + sum(seconds) + max(sync)
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """What a cost model says of one stage of a plan.
+
+    Args:
+        rows: Rows of the stage.
+        costs: Price of each.
+        relayouts: Seconds per microbatch to relayout the input of each.
+        seconds: Seconds of one microbatch.
+        sync: Seconds of synchronization per step.
+        peak: Bytes per device by category in the fullest phase.
+        phase: Name of that phase.
+    """
+
+    rows: range
+    costs: tuple[RowCost, ...]
+    relayouts: tuple[float, ...]
+    seconds: float
+    sync: float
+    peak: Bytes
+    phase: str
+
+
+def _while_running(costs: Sequence[RowCost], index: int, running: Bytes) -> Bytes:
+    """Bytes while row ``index`` runs: rows in front of it hold, rows behind it have released."""
+    total = running.copy()
+    for position, cost in enumerate(costs):
+        if position != index:
+            total += cost.memory.held if position < index else cost.memory.released
+    return total
+
+
+def forward_phase(costs: Sequence[RowCost], index: int) -> Bytes:
+    """Bytes while the forward of row ``index`` runs.
+
+    Rows behind it count as after a backward. That is what they are in every microbatch but the first, and in the first
+    they are smaller.
+    """
+    return _while_running(costs, index, costs[index].memory.forward)
+
+
+def backward_phase(costs: Sequence[RowCost], index: int) -> Bytes:
+    """Bytes while the backward of row ``index`` runs."""
+    return _while_running(costs, index, costs[index].memory.backward)
+
+
+def optimizer_phase(costs: Sequence[RowCost]) -> Bytes:
+    """Bytes while the optimizer steps."""
+    total: Bytes = np.sum([cost.memory.step for cost in costs], axis=0, dtype=np.int64)
+    return total
+
+
+def peak_phase(costs: Sequence[RowCost]) -> tuple[Bytes, str]:
+    """Bytes and name of the fullest phase of a stage; the first one in case of a tie."""
+    phases = [(forward_phase(costs, i), f"forward of row {i}") for i in range(len(costs))]
+    phases += [(backward_phase(costs, i), f"backward of row {i}") for i in reversed(range(len(costs)))]
+    phases.append((optimizer_phase(costs), "optimizer step"))
+    return max(phases, key=lambda item: int(item[0].sum()))
+
+
+def stage_report(model: CostModel, plan: HybridPlan, stage: int) -> StageReport:
+    """Prices one stage of a plan.
+
+    Raises:
+        ValueError: If there is no such stage, or the plan is not of the model and cluster that were profiled.
+    """
+    _check_fits(model, plan)
+    if not 0 <= stage < plan.pipeline_parallel_size:
+        raise ValueError(f"stage={stage}: expected 0 to {plan.pipeline_parallel_size - 1}.")
+    setting = Setting.of(plan)
+    rows = setting.rows(stage)
+    strategies = [strategy for _, strategy in plan.rows()]
+    costs = tuple(model.row_cost(row, stage, strategies[row], setting) for row in rows)
+    relayouts = tuple(
+        0.0 if row == rows[0] else model.relayout_seconds(row, strategies[row - 1], strategies[row], setting)
+        for row in rows
+    )
+    peak, phase = peak_phase(costs)
+    return StageReport(
+        rows=rows,
+        costs=costs,
+        relayouts=relayouts,
+        seconds=sum(cost.seconds for cost in costs) + sum(relayouts),
+        sync=sum(cost.sync for cost in costs),
+        peak=peak + model.stage_base(stage, setting, strategies),
+        phase=phase,
+    )
+
+
+def predict(model: CostModel, plan: HybridPlan, *, memory_budget: int | None = None) -> PlanPrediction:
+    """What a cost model expects of a plan.
+
+    Raises:
+        ValueError: If the plan is not of the model and cluster that were profiled.
+    """
+    reports = [stage_report(model, plan, stage) for stage in range(plan.pipeline_parallel_size)]
+    setting = Setting.of(plan)
+    reserve = 0 if memory_budget is None else model.reserve(memory_budget)
+    return PlanPrediction(
+        iteration_time=model.iteration_time([r.seconds for r in reports], [r.sync for r in reports], setting),
+        stage_times=tuple(report.seconds for report in reports),
+        stage_memory=tuple(int(report.peak.sum()) + reserve for report in reports),
+        memory_budget=memory_budget,
+        layer_times=tuple(
+            cost.seconds + relayout
+            for report in reports
+            for cost, relayout in zip(report.costs, report.relayouts, strict=True)
+        ),
+        layer_memory=tuple(int(cost.memory.held.sum()) for report in reports for cost in report.costs),
+        cost_model=model.name,
+    )
+
+
+def _check_fits(model: CostModel, plan: HybridPlan) -> None:
+    if plan.num_layers != model.num_layers:
+        raise ValueError(f"plan has {plan.num_layers} blocks, but the profile has {model.num_layers}.")
+    if plan.world_size != model.num_devices:
+        raise ValueError(f"plan.world_size={plan.world_size}, but the cluster has {model.num_devices} devices.")

@@ -1,0 +1,173 @@
+"""Plans as text: a table for people, and one line on what changed between two plans."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lightning_hetu.planning.layer_strategy import LayerStrategy
+from lightning_hetu.planning.plan import HybridPlan
+from lightning_hetu.planning.units import format_bytes, format_seconds
+
+_MAX_WIDTH = 110
+_DETAILS = ("stages", "embedding", "head", "layers")
+_HEADINGS = ("rows", "stage", "strategy", "time per microbatch", "memory per device")
+
+
+def explain(plan: HybridPlan) -> str:
+    """The plan as a text table of at most 110 columns.
+
+    Runs of equal neighboring rows share a line; their time and memory are those of the whole run. Times are of one
+    microbatch, forward and backward, without gradient synchronization. The memory of a row is what it holds after
+    forward; that of a stage is its fullest phase, temporary buffers included.
+    """
+    lines = [*_header(plan), "", *_table(plan)]
+    if plan.rejected:
+        lines += ["", "alternatives"]
+        for item in plan.rejected:
+            lines += _wrap(f"{item.description} -> {item.reason}", indent="  ")
+    return "\n".join(lines)
+
+
+def _header(plan: HybridPlan) -> list[str]:
+    stages, world = plan.pipeline_parallel_size, plan.world_size
+    blocks = f"{stages} stage{'s' * (stages > 1)} of {_join(sorted(set(plan.stages)))} blocks"
+    if stages > 1:
+        blocks += f", schedule {plan.schedule}"
+    lines = [
+        f"hybrid-parallel plan for {world} device{'s' * (world > 1)}: {blocks}",
+        f"global batch of {plan.global_batch_size} samples in {plan.num_microbatches}"
+        f" microbatch{'es' * (plan.num_microbatches > 1)} of {plan.microbatch_size}",
+    ]
+    prediction = plan.prediction
+    if prediction is None:
+        return [*lines, "no prediction: written by hand"]
+    time = prediction.iteration_time
+    rate = f", {plan.global_batch_size / time:.4g} samples/s" if time > 0 else ""
+    budget = "" if prediction.memory_budget is None else f", budget {format_bytes(prediction.memory_budget)} per device"
+    return [*lines, f"predicted step {format_seconds(time)}{rate}{budget} (cost model {prediction.cost_model})"]
+
+
+def _join(values: Sequence[int]) -> str:
+    return " or ".join(map(str, values))
+
+
+def describe(strategy: LayerStrategy) -> str:
+    """A strategy in words for a table, for example ``dp2 tp2 zero3 recompute``."""
+    return str(strategy).replace("-", " ")
+
+
+def _table(plan: HybridPlan) -> list[str]:
+    prediction = plan.prediction
+    times = prediction.layer_times if prediction else ()
+    memory = prediction.layer_memory if prediction else ()
+    cells: list[tuple[str, ...]] = []
+    rows = plan.rows()
+    row = 0
+    for stage, (first, last) in enumerate(plan.stage_bounds):
+        end = last + 1 + (stage == plan.pipeline_parallel_size - 1)
+        row = 0 if stage == 0 else first + 1
+        while row < end:
+            stop = _run_end(plan, row, end)
+            cells.append(
+                (
+                    _run_name(row, stop, len(rows)),
+                    str(stage),
+                    describe(rows[row][1]),
+                    format_seconds(sum(times[row:stop])) if times else "-",
+                    format_bytes(sum(memory[row:stop])) if memory else "-",
+                )
+            )
+            row = stop
+        if prediction is not None:
+            cells.append(_stage_total(plan, stage))
+    columns = _HEADINGS if prediction is not None else _HEADINGS[:3]
+    cells = [line[: len(columns)] for line in cells]
+    widths = [max(len(line[i]) for line in (columns, *cells)) for i in range(len(columns))]
+    # Only strategies can be long; the rest of the table is well below the limit.
+    widths[2] = min(widths[2], _MAX_WIDTH - sum(widths) + widths[2] - 3 * (len(columns) - 1))
+    text = [_line(columns, widths), "-+-".join("-" * width for width in widths)]
+    return text + [_line(line, widths) for line in cells]
+
+
+def _run_end(plan: HybridPlan, row: int, end: int) -> int:
+    """One past the last row of the run of equal blocks that begins at ``row``."""
+    rows = plan.rows()
+    stop = row + 1
+    if 0 < row < len(rows) - 1:
+        while stop < min(end, len(rows) - 1) and rows[stop][1] == rows[row][1]:
+            stop += 1
+    return stop
+
+
+def _run_name(row: int, stop: int, num_rows: int) -> str:
+    if row == 0:
+        return "embedding"
+    if row == num_rows - 1:
+        return "head"
+    return f"block {row - 1}" if stop == row + 1 else f"blocks {row - 1}-{stop - 2}"
+
+
+def _stage_total(plan: HybridPlan, stage: int) -> tuple[str, ...]:
+    prediction = plan.prediction
+    assert prediction is not None  # The caller asks for totals only where there is a prediction.
+    peak = prediction.stage_memory[stage]
+    text = f"peak {format_bytes(peak)}"
+    if prediction.memory_budget:
+        text += f" ({peak / prediction.memory_budget:.1%} of budget)"
+    return f"stage {stage} total", str(stage), "", format_seconds(prediction.stage_times[stage]), text
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    return " | ".join(cell[:width].ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
+
+
+def _wrap(text: str, *, indent: str) -> list[str]:
+    """Lines of at most the table's width, later ones indented further."""
+    lines, current = [], indent
+    for word in text.split(" "):
+        if len(current) + len(word) + 1 > _MAX_WIDTH and current.strip():
+            lines.append(current.rstrip())
+            current = indent * 2
+        current += word + " "
+    return [*lines, current.rstrip()]
+
+
+def diff(before: HybridPlan, after: HybridPlan) -> str:
+    """One line on what changed: ``"replanned pp=2, dp=2 -> pp=1, dp=4"``, or ``"the plan is unchanged"``."""
+    old, new = _traits(before), _traits(after)
+    changed = [name for name in old if old[name] != new[name]]
+    # Details are only worth naming where nothing else tells the plans apart.
+    changed = [name for name in changed if name not in _DETAILS] or changed
+    if not changed:
+        return "the plan is unchanged"
+    old_text, new_text = (", ".join(f"{name}={traits[name]}" for name in changed) for traits in (old, new))
+    return f"replanned {old_text} -> {new_text}"
+
+
+def _traits(plan: HybridPlan) -> dict[str, str]:
+    """The properties of a plan that a line can name. Properties that differ between blocks are ranges or ``mixed``."""
+
+    def of_blocks(name: str) -> str:
+        values = list(dict.fromkeys(str(getattr(layer, name)).lower() for layer in plan.layers))
+        return "/".join(values)
+
+    runs: list[list[str]] = []
+    for layer in plan.layers:
+        if runs and runs[-1][0] == str(layer):
+            runs[-1][1] = str(int(runs[-1][1]) + 1)
+        else:
+            runs.append([str(layer), "1"])
+    layout = "+".join(f"{count}x{text}" for text, count in runs[:4]) + ("+..." if len(runs) > 4 else "")
+    traits = {
+        "devices": str(plan.world_size),
+        "pp": str(plan.pipeline_parallel_size),
+        **{name: of_blocks(name) for name in ("dp", "tp", "sp", "cp", "dp_type", "recompute")},
+        "batch": str(plan.global_batch_size),
+        "microbatches": str(plan.num_microbatches),
+        "schedule": plan.schedule,
+        "stages": "/".join(map(str, plan.stages)),
+        "embedding": str(plan.embedding),
+        "head": str(plan.head),
+        "layers": layout,
+    }
+    return traits

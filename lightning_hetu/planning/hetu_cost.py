@@ -1,0 +1,351 @@
+"""Cost model of this package's own executor: FSDP2, plain Megatron tensor parallelism, pipeline schedules.
+
+Follows the estimator of Galvatron (arXiv 2211.13878, section 3.3) and differs where our runtime differs:
+
+* Tensor parallelism keeps activations replicated between layers: two all-reduces per direction and layer.
+* Sharded layers reduce-scatter their gradients in every microbatch, so only shards are kept. ``ddp`` accumulates full
+  gradients and reduces them once per step, in the last microbatch.
+* ``zero3`` gathers parameters in forward and in backward of every microbatch, ``zero2`` once per step, ``ddp`` never.
+  Recomputation does not gather once more: it runs with the parameters already there for backward.
+* Peak memory has the temporary buffers of FSDP2 in it, see :class:`HetuConstants`.
+* Processes that share the cores of a host slow each other down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from math import gcd
+
+from lightning_hetu.planning.cluster import ClusterSpec
+from lightning_hetu.planning.cost_model import Bytes, CostModel, RowCost, RowMemory, Setting, byte_vector, pipeline_time
+from lightning_hetu.planning.enumeration import layer_strategies
+from lightning_hetu.planning.layer_strategy import LayerStrategy
+from lightning_hetu.planning.profile import LayerProfile, ModelProfile
+
+
+@dataclass(frozen=True)
+class HetuConstants:
+    """What the executor adds to the textbook; every number can be calibrated.
+
+    The gather and reduce factors count sizes of one row's parameters. They reproduce storage traces of FSDP2 in torch
+    2.13 (CPU, gloo, 4 ranks, 6 equal blocks, AdamW; fp32 and bf16 compute) to within 3 percent.
+
+    Args:
+        gathered_ratio: Bytes of a gathered parameter per byte of parameter, by precision. The executor computes in
+            bf16 by autocast and gathers what is stored; with FSDP's own mixed precision it would be 0.5.
+        reduced_ratio: Bytes of a full-size gradient in reduction and accumulation per byte of parameter, by precision.
+        zero3_forward_gather: Gathered sizes alive in a ``zero3`` forward: its own copy and the flat buffers of this and
+            the previous gather.
+        zero2_forward_gather: The same for ``zero2`` on top of the copy it keeps.
+        zero3_backward_gather: Gathered sizes alive in a ``zero3`` backward: its own copy and the prefetched one.
+        reduce_every_microbatch: Whether ``zero2`` and ``zero3`` reduce gradients in every microbatch. Otherwise they
+            accumulate full-size gradients and reduce in the last one, as ``ddp`` always does.
+        backward_reduce: Full-size gradients alive in a backward that reduces: the gradient and the flat buffer.
+        ddp_keeps_copy: Whether ``ddp`` keeps a second full copy of its parameters from forward to backward, as FSDP2's
+            ``replicate`` does, also over one rank.
+        gradients_during_forward: Whether the gradients of the previous step are still alive in forward. Lightning's own
+            loop clears them between forward and backward; our strategy clears them before forward.
+        optimizer_transient: Temporary bytes of the optimizer step per byte of local parameters.
+        tp_forward_reduces: All-reduces of a tensor-parallel block in forward.
+        tp_backward_reduces: The same in backward.
+        tp_recompute_reduces: The same in recomputation.
+        tp_embedding_reduces: All-reduces of a tensor-parallel embedding, forward and backward together.
+        tp_head_reduces: All-reduces of a tensor-parallel head, forward and backward together.
+        overlap_gathers: Whether parameter gathers overlap with computation, where the cluster overlaps at all: FSDP2
+            prefetches the next one in both directions.
+        context_bytes: Bytes per device taken by the runtime itself.
+        optimizer_seconds_per_byte: Seconds of the optimizer step per byte of local parameters.
+    """
+
+    gathered_ratio: dict[str, float] = field(
+        default_factory=lambda: {"32-true": 1.0, "bf16-mixed": 1.0, "bf16-true": 1.0, "16-true": 1.0}
+    )
+    reduced_ratio: dict[str, float] = field(
+        default_factory=lambda: {"32-true": 1.0, "bf16-mixed": 1.0, "bf16-true": 1.0, "16-true": 1.0}
+    )
+    zero3_forward_gather: float = 3.0
+    zero2_forward_gather: float = 2.0
+    zero3_backward_gather: float = 2.0
+    reduce_every_microbatch: bool = True
+    backward_reduce: float = 2.0
+    ddp_keeps_copy: bool = True
+    gradients_during_forward: bool = False
+    optimizer_transient: float = 0.25
+    tp_forward_reduces: int = 2
+    tp_backward_reduces: int = 2
+    tp_recompute_reduces: int = 2
+    tp_embedding_reduces: int = 1
+    tp_head_reduces: int = 1
+    overlap_gathers: bool = True
+    context_bytes: int = 0
+    optimizer_seconds_per_byte: float = 0.0
+
+
+class HetuCostModel(CostModel):
+    """Prices rows for our executor.
+
+    Args:
+        profile: The model.
+        cluster: The devices.
+        constants: Properties of the executor.
+    """
+
+    name = "hetu"
+
+    def __init__(self, profile: ModelProfile, cluster: ClusterSpec, constants: HetuConstants | None = None) -> None:
+        self.profile = profile
+        self.cluster = cluster
+        self.constants = constants or HetuConstants()
+        self.num_layers = profile.num_layers
+        self.num_devices = cluster.num_devices
+        self.pipeline = profile.pipeline
+        self.microbatches = profile.microbatches
+        self.split_vocab = profile.split_vocab
+        self._gathered = self.constants.gathered_ratio[profile.precision]
+        self._reduced = self.constants.reduced_ratio[profile.precision]
+        self._memory_cache: dict[object, RowMemory] = {}
+
+    def layer(self, row: int) -> LayerProfile:
+        """Profile of a row."""
+        if row == 0:
+            return self.profile.embedding
+        return self.profile.head if row > self.num_layers else self.profile.block(row - 1)
+
+    def row_kind(self, row: int) -> Hashable:
+        """Embedding, head, or the layer type."""
+        return {0: "embedding", self.num_layers + 1: "head"}.get(row) or self.profile.layers[row - 1] + 1
+
+    def strategies(self, row: int, setting: Setting) -> list[LayerStrategy]:
+        """What the executor runs; embedding and head without recomputation."""
+        return layer_strategies(
+            setting.devices_per_stage,
+            tp_degrees=self.layer(row).tp_degrees,
+            recompute=(False, True) if 0 < row <= self.num_layers else (False,),
+        )
+
+    def row_name(self, row: int) -> str:
+        """Layer type of a row, for tables."""
+        return self.layer(row).name
+
+    def boundary_bytes(self, row: int) -> float:
+        """Bytes per sample of the input of a row that is not the first."""
+        return self.layer(row).boundary_bytes
+
+    # ---- time -------------------------------------------------------------------------------------------------------
+
+    def contention(self, setting: Setting) -> float:
+        """How much slower a device computes than alone, because processes share cores.
+
+        In a pipeline of P stages and m microbatches a device computes for m / (m + P - 1) of the time, so
+        ``N * m / (m + P - 1)`` devices compute at once on average. With equal stages the step then takes
+        ``max(pipeline time at full speed, compute of all devices / slots)``.
+        """
+        busy = setting.num_microbatches / (setting.num_microbatches + setting.num_stages - 1)
+        return max(1.0, setting.world_size * busy / self.cluster.slots)
+
+    def _overlap(self, compute: float, communication: float, *, overlaps: bool = True) -> float:
+        """Time of computation and communication side by side: both slow down while both run (spec of Galvatron)."""
+        slowdown = self.cluster.overlap_slowdown
+        if slowdown is None or not overlaps:
+            return compute + communication
+        short, long = sorted((compute, communication))
+        return short * slowdown + max(0.0, long - short)
+
+    def row_cost(self, row: int, stage: int, strategy: LayerStrategy, setting: Setting) -> RowCost:
+        """Price of one row under one strategy."""
+        layer = self.layer(row)
+        c = self.constants
+        samples = setting.microbatch_size / strategy.dp
+        shards = strategy.shard_degree
+        full = layer.parameters(strategy.tp)
+        # Ranks of a data-parallel group are neighbors only without tensor parallelism in between.
+        near = strategy.tp == 1
+
+        contention = self.contention(setting)
+        forward = layer.forward_seconds(samples / (strategy.sp * strategy.cp), strategy.tp) * contention
+        overhead = self.cluster.layer_overhead * contention
+        backward = forward * layer.backward_ratio + (forward if strategy.recompute else 0.0)
+        gather = self.cluster.seconds("all_gather", shards, full * self._gathered, consecutive=near)
+        gradient = full * layer.trainable_fraction * self._reduced
+        reduce = self.cluster.seconds(
+            "all_reduce" if strategy.dp_type == "ddp" else "reduce_scatter", shards, gradient, consecutive=near
+        )
+        tensor = self._tensor_seconds(row, strategy, samples)
+        border = self._border_seconds(row, stage, strategy, setting)
+
+        zero3_gather = gather if strategy.dp_type == "zero3" else 0.0
+        forward_total = self._overlap(forward, zero3_gather, overlaps=c.overlap_gathers)
+        backward_total = self._overlap(backward, zero3_gather, overlaps=c.overlap_gathers)
+        # The reduction runs next to the backward as well.
+        reduce_exposed = self._overlap(backward, zero3_gather + reduce) - self._overlap(backward, zero3_gather)
+        every_time = self._reduces_every_microbatch(strategy)
+        once_gather = 0.0
+        if strategy.dp_type == "zero2":
+            once_gather = self._overlap(forward, gather, overlaps=c.overlap_gathers) - forward
+        local = full if strategy.dp_type == "ddp" else full / shards
+        optimizer = local * layer.trainable_fraction * c.optimizer_seconds_per_byte
+        return RowCost(
+            seconds=forward_total
+            + backward_total
+            + overhead
+            + tensor
+            + border
+            + (reduce_exposed if every_time else 0.0),
+            sync=once_gather + optimizer + (0.0 if every_time else reduce_exposed),
+            memory=self._memory(row, stage, strategy, setting),
+            parts={
+                "forward": forward,
+                "backward": backward,
+                "tensor_parallel": tensor,
+                "parameter_gather": forward_total + backward_total - forward - backward,
+                "stage_border": border,
+                "runtime": overhead,
+                "gradient_reduce" if every_time else "gradient_reduce_per_step": reduce_exposed,
+                "parameter_gather_per_step": once_gather,
+                "optimizer_per_step": optimizer,
+            },
+        )
+
+    def _reduces_every_microbatch(self, strategy: LayerStrategy) -> bool:
+        return strategy.dp_type != "ddp" and self.constants.reduce_every_microbatch
+
+    def _tensor_seconds(self, row: int, strategy: LayerStrategy, samples: float) -> float:
+        """All-reduces of activations of one microbatch, both directions."""
+        if strategy.tp == 1:
+            return 0.0
+        c = self.constants
+        if row == 0:
+            # The embedding's input are indices; what it reduces is its output, the input of the first block.
+            count, message = c.tp_embedding_reduces, self.boundary_bytes(1) * samples
+        elif row > self.num_layers:
+            count, message = c.tp_head_reduces, self.boundary_bytes(row) * samples
+        else:
+            count = c.tp_forward_reduces + c.tp_backward_reduces
+            count += c.tp_recompute_reduces if strategy.recompute else 0
+            message = self.boundary_bytes(row) * samples
+        return count * self.cluster.seconds("all_reduce", strategy.tp, message, consecutive=strategy.tp_consecutive)
+
+    def _regroup_seconds(self, row: int, finer: int, coarser: int, setting: Setting, *, near: bool) -> float:
+        """One all-gather of the input of ``row`` from ``finer`` batch shards to ``coarser`` ones.
+
+        Going back is a slice and free.
+        """
+        message = self.boundary_bytes(row) * setting.microbatch_size / coarser
+        return self.cluster.seconds("all_gather", finer // coarser, message, consecutive=near)
+
+    def relayout_seconds(self, row: int, before: LayerStrategy, after: LayerStrategy, setting: Setting) -> float:
+        """Seconds per microbatch to bring the output of the row before into the layout of ``row``.
+
+        To fewer batch shards: an all-gather in forward, a slice in backward. To more: the other way round.
+        """
+        if before.dp == after.dp:
+            return 0.0
+        finer, coarser = (before, after) if before.dp > after.dp else (after, before)
+        return self._regroup_seconds(row, finer.dp, coarser.dp, setting, near=finer.tp == 1)
+
+    def _border_seconds(self, row: int, stage: int, strategy: LayerStrategy, setting: Setting) -> float:
+        """Communication at the borders of a stage, per microbatch.
+
+        Activations cross in the most sharded layout and are gathered on arrival; gradients likewise on their way back.
+        """
+        rows = setting.rows(stage)
+        total = 0.0
+        shards = self._border_shards(setting)
+        for border_row in (
+            row if row == rows[0] and stage > 0 else None,
+            row + 1 if row == rows[-1] and stage < setting.num_stages - 1 else None,
+        ):
+            if border_row is None:
+                continue
+            message = self.boundary_bytes(border_row) * setting.microbatch_size / shards
+            total += self.cluster.seconds("p2p", 2, message, consecutive=False)
+            total += self._regroup_seconds(border_row, shards, min(strategy.dp, shards), setting, near=strategy.tp == 1)
+        return total
+
+    @staticmethod
+    def _border_shards(setting: Setting) -> int:
+        """Batch shards of what crosses a stage border: as many as devices, or as divide the microbatch."""
+        return gcd(setting.microbatch_size, setting.devices_per_stage)
+
+    def iteration_time(self, seconds: Sequence[float], sync: Sequence[float], setting: Setting) -> float:
+        """Seconds of one step: the textbook pipeline formula."""
+        return pipeline_time(seconds, sync, setting.num_microbatches)
+
+    # ---- memory -----------------------------------------------------------------------------------------------------
+
+    def stage_base(self, stage: int, setting: Setting, strategies: Sequence[LayerStrategy] | None = None) -> Bytes:
+        """The runtime's own memory, and the activations that wait at the borders of the stage."""
+        rows = setting.rows(stage)
+        borders = [rows[0]] if stage > 0 else []
+        borders += [rows[-1] + 1] if stage < setting.num_stages - 1 else []
+        samples = setting.microbatch_size / self._border_shards(setting)
+        waiting = sum(self.boundary_bytes(row) for row in borders) * samples
+        return byte_vector(transient=self.constants.context_bytes, activations=waiting * setting.in_flight(stage))
+
+    def _memory(self, row: int, stage: int, strategy: LayerStrategy, setting: Setting) -> RowMemory:
+        layer = self.layer(row)
+        in_flight = setting.in_flight(stage)
+        key = (self.row_kind(row), strategy, setting.microbatch_size, setting.num_microbatches, in_flight)
+        if key not in self._memory_cache:
+            self._memory_cache[key] = self._row_memory(layer, strategy, setting, in_flight)
+        return self._memory_cache[key]
+
+    def _row_memory(self, layer: LayerProfile, strategy: LayerStrategy, setting: Setting, in_flight: int) -> RowMemory:
+        """Bytes of one row in all phases; ``in_flight`` microbatches are held at most."""
+        c = self.constants
+        samples = setting.microbatch_size / strategy.dp
+        tp = strategy.tp * strategy.sp * strategy.cp
+        full = layer.parameters(strategy.tp)
+        trained = full * layer.trainable_fraction
+        shards = 1 if strategy.dp_type == "ddp" else strategy.shard_degree
+        microbatches = setting.num_microbatches
+
+        states = {
+            "parameters": full / shards,
+            "optimizer": trained / shards * self.profile.optimizer_state_bytes,
+        }
+        gradient = trained / shards
+        # One gathered copy from forward to backward; zero3 has its own only while it runs.
+        keeps = strategy.dp_type == "zero2" or (strategy.dp_type == "ddp" and c.ddp_keeps_copy)
+        copy = full * self._gathered if keeps else 0.0
+        gathers_forward = {"ddp": 0.0, "zero2": c.zero2_forward_gather, "zero3": c.zero3_forward_gather}
+        gather_forward = gathers_forward[strategy.dp_type] * full * self._gathered
+        gather_backward = c.zero3_backward_gather * full * self._gathered if strategy.dp_type == "zero3" else 0.0
+
+        inside = LayerProfile.at_degree(layer.activation_bytes, tp) * samples
+        kept = min(layer.boundary_bytes * samples, inside) if strategy.recompute else inside
+        forward_extra = LayerProfile.at_degree(layer.forward_transient, tp) * samples
+        backward_extra = LayerProfile.at_degree(layer.backward_transient, tp) * samples
+        if strategy.recompute:
+            # Forward drops what is inside at once; right before its own backward all of it is there again.
+            backward_extra = inside - kept + max(backward_extra, forward_extra)
+
+        if microbatches == 1:
+            resting = gradient if c.gradients_during_forward else 0.0
+            held = byte_vector(**states, gradients=resting, activations=kept, gathered=copy)
+            released = byte_vector(**states, gradients=gradient)
+            reduce_extra = c.backward_reduce * trained * self._reduced
+        else:
+            # Gradients accumulate from the first backward on, when one microbatch is gone already.
+            accumulated = gradient if self._reduces_every_microbatch(strategy) else trained * self._reduced
+            late = min(in_flight, microbatches - 1) * kept + accumulated
+            if in_flight * kept > late:
+                held = byte_vector(**states, activations=in_flight * kept, gathered=copy)
+            else:
+                held = byte_vector(**states, gradients=accumulated, activations=late - accumulated, gathered=copy)
+            released = byte_vector(**states, gradients=accumulated, activations=(in_flight - 1) * kept, gathered=copy)
+            # The accumulated gradient counts already; a new one and the flat buffer of the reduction come on top.
+            reduce_extra = c.backward_reduce * trained * self._reduced
+        # Gradients are reduced when the row's backward is done, and so its activations are gone: of this microbatch, or
+        # of all of them where only the last microbatch reduces.
+        gone = kept if self._reduces_every_microbatch(strategy) else min(in_flight, microbatches) * kept
+        backward_extra = max(backward_extra, reduce_extra - gone)
+        step = byte_vector(**states, gradients=gradient, transient=trained / shards * c.optimizer_transient)
+        return RowMemory(
+            held=held,
+            released=released,
+            forward=held + byte_vector(transient=forward_extra + gather_forward),
+            backward=held + byte_vector(transient=backward_extra + gather_backward),
+            step=step,
+        )

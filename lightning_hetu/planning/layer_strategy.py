@@ -1,0 +1,125 @@
+"""How one layer is parallelized inside its pipeline stage.
+
+Follows Galvatron (arXiv 2211.13878, section 3): the devices of a stage are factored into data, tensor, sequence and
+context parallel degrees, and a layer may additionally be recomputed in backward. The innermost degree (``tp`` or
+``sp``) takes consecutive ranks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+DataParallelType = Literal["ddp", "zero2", "zero3"]
+
+_DP_TYPES: tuple[str, ...] = get_args(DataParallelType)
+_DEGREE = re.compile(r"^(dp|tp|sp|cp)(\d+)$")
+
+
+@dataclass(frozen=True)
+class LayerStrategy:
+    """The parallel form of one layer.
+
+    Args:
+        dp: Data-parallel degree: number of batch shards.
+        tp: Tensor-parallel degree (Megatron column/row split).
+        dp_type: What the data-parallel ranks share out. ``ddp`` replicates everything, ``zero2`` shards gradients and
+            optimizer states, ``zero3`` shards the parameters too.
+        recompute: Whether activations inside the layer are dropped in forward and recomputed in backward.
+        sp: Ulysses sequence-parallel degree (all-to-all over heads). Exclusive with ``tp``.
+        cp: Context-parallel degree (ring attention).
+        tp_consecutive: Whether the tensor-parallel group consists of neighboring ranks.
+
+    Raises:
+        ValueError: If a degree is not a positive integer, ``dp_type`` is unknown, or ``tp`` and ``sp`` are both used.
+    """
+
+    dp: int = 1
+    tp: int = 1
+    dp_type: DataParallelType = "ddp"
+    recompute: bool = False
+    sp: int = 1
+    cp: int = 1
+    tp_consecutive: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("dp", "tp", "sp", "cp"):
+            degree = getattr(self, name)
+            if isinstance(degree, bool) or not isinstance(degree, int) or degree < 1:
+                raise ValueError(f"LayerStrategy {name}={degree!r}: expected an integer of at least 1.")
+        for name in ("recompute", "tp_consecutive"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"LayerStrategy {name}={getattr(self, name)!r}: expected true or false.")
+        if self.dp_type not in _DP_TYPES:
+            raise ValueError(f"LayerStrategy dp_type={self.dp_type!r}: expected one of {', '.join(_DP_TYPES)}.")
+        if self.tp > 1 and self.sp > 1:
+            raise ValueError(f"LayerStrategy tp={self.tp} with sp={self.sp}: they exclude each other, set one to 1.")
+
+    @property
+    def num_devices(self) -> int:
+        """Devices of the pipeline stage that the layer uses (all of them)."""
+        return self.dp * self.tp * self.sp * self.cp
+
+    @property
+    def shard_degree(self) -> int:
+        """Ranks that hold copies of the same weights, over which ZeRO may shard (``dp * sp * cp``)."""
+        return self.dp * self.sp * self.cp
+
+    def __str__(self) -> str:
+        """Compact form that :meth:`parse` reads back, for example ``dp2-tp2-zero3-recompute``."""
+        parts = [f"{name}{getattr(self, name)}" for name in ("dp", "tp", "sp", "cp") if getattr(self, name) > 1]
+        parts = parts or ["dp1"]
+        if self.shard_degree > 1 or self.dp_type != "ddp":
+            parts.append(self.dp_type)
+        if self.recompute:
+            parts.append("recompute")
+        if not self.tp_consecutive:
+            parts.append("strided")
+        return "-".join(parts)
+
+    @classmethod
+    def parse(cls, value: str | Mapping[str, Any] | LayerStrategy) -> LayerStrategy:
+        """Reads ``"dp2-tp2-zero3-recompute"``, a mapping of the fields, or an instance.
+
+        Raises:
+            ValueError: If a part is unknown.
+        """
+        if isinstance(value, LayerStrategy):
+            return value
+        if isinstance(value, Mapping):
+            allowed = [field.name for field in fields(cls)]
+            unknown = [str(key) for key in value if key not in allowed]
+            if unknown:
+                raise ValueError(
+                    f"LayerStrategy has no field {', '.join(map(repr, unknown))}: expected {', '.join(allowed)}."
+                )
+            return cls(**value)
+        if not isinstance(value, str):
+            raise ValueError(f"LayerStrategy {value!r}: expected text such as 'dp2-tp2-zero3', or its fields.")
+        options: dict[str, Any] = {}
+        for part in value.strip().lower().split("-"):
+            degree = _DEGREE.match(part)
+            item: Any
+            if degree:
+                key, item = degree.group(1), int(degree.group(2))
+            elif part in _DP_TYPES:
+                key, item = "dp_type", part
+            elif part == "recompute":
+                key, item = "recompute", True
+            elif part == "strided":
+                key, item = "tp_consecutive", False
+            else:
+                raise ValueError(
+                    f"LayerStrategy {value!r}: unknown part {part!r}, expected dpN, tpN, spN, cpN, "
+                    f"{', '.join(_DP_TYPES)}, recompute or strided, joined by '-'."
+                )
+            if key in options:
+                raise ValueError(f"LayerStrategy {value!r}: {key} is given twice.")
+            options[key] = item
+        return cls(**options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON-compatible values."""
+        return asdict(self)

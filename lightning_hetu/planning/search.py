@@ -1,0 +1,302 @@
+"""The search for the best plan.
+
+Outer loop of Galvatron (arXiv 2211.13878, section 3.4): batch sizes, pipeline degrees and microbatch counts; inside,
+the strategies of all rows by dynamic programming. A setting whose lower bound is worse than the best known plan is
+skipped.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, Literal, get_args
+
+from lightning_hetu.planning.alternatives import rejected_alternatives
+from lightning_hetu.planning.cluster import ClusterSpec
+from lightning_hetu.planning.cost_model import CATEGORIES, CostModel, predict, stage_report
+from lightning_hetu.planning.errors import NoFeasiblePlanError
+from lightning_hetu.planning.galvatron_cost import GalvatronCostModel
+from lightning_hetu.planning.galvatron_files import GalvatronProfile
+from lightning_hetu.planning.hetu_cost import HetuConstants, HetuCostModel
+from lightning_hetu.planning.plan import HybridPlan, PlanPrediction
+from lightning_hetu.planning.profile import ModelProfile
+from lightning_hetu.planning.search_space import Pins
+from lightning_hetu.planning.stage_search import Found, SettingSearch
+from lightning_hetu.planning.units import parse_bytes
+
+CostModelName = Literal["hetu", "galvatron3"]
+Progress = Callable[[int, int], None]
+
+_log = logging.getLogger(__name__)
+_TIE = 1e-9
+_ROUNDING = 1e-12
+"""Sums of the same times in another order may differ by this share."""
+_LARGEST_BATCH = 1 << 16
+_WORTHWHILE_GAIN = 1.01
+_PATIENCE = 2
+
+
+def build_cost_model(
+    profile: ModelProfile | GalvatronProfile,
+    cluster: ClusterSpec | None,
+    cost_model: CostModelName | CostModel = "hetu",
+    *,
+    constants: HetuConstants | None = None,
+) -> CostModel:
+    """The cost model of a name; an instance is passed through.
+
+    Raises:
+        ValueError: If the name is unknown or does not go with the kind of profile.
+    """
+    if isinstance(cost_model, CostModel):
+        return cost_model
+    if cost_model not in get_args(CostModelName):
+        raise ValueError(f"cost_model={cost_model!r}: expected one of {', '.join(get_args(CostModelName))}.")
+    if cost_model == "galvatron3":
+        if not isinstance(profile, GalvatronProfile):
+            raise ValueError("cost_model='galvatron3' needs the profile that load_galvatron_profiles returns.")
+        return GalvatronCostModel(profile)
+    if not isinstance(profile, ModelProfile) or not isinstance(cluster, ClusterSpec):
+        raise ValueError("cost_model='hetu' needs a ModelProfile and a ClusterSpec.")
+    return HetuCostModel(profile, cluster, constants)
+
+
+def evaluate(
+    plan: HybridPlan,
+    profile: ModelProfile | GalvatronProfile,
+    cluster: ClusterSpec | None = None,
+    cost_model: CostModelName | CostModel = "hetu",
+    *,
+    memory_budget: int | str | None = None,
+    constants: HetuConstants | None = None,
+) -> PlanPrediction:
+    """What a cost model expects of a plan, found by a search or written by hand.
+
+    Args:
+        plan: The plan.
+        profile: The model.
+        cluster: The devices; not used by ``galvatron3``, whose profile has them.
+        cost_model: ``"hetu"`` for our executor, ``"galvatron3"`` for the released Galvatron.
+        memory_budget: Recorded in the prediction. A cost model that reserves a part of it adds that part to the memory.
+        constants: Properties of the executor, for ``"hetu"``.
+
+    Raises:
+        ValueError: If plan, profile and cluster do not belong together.
+    """
+    model = build_cost_model(profile, cluster, cost_model, constants=constants)
+    return predict(model, plan, memory_budget=None if memory_budget is None else parse_bytes(memory_budget))
+
+
+def memory_breakdown(
+    plan: HybridPlan,
+    profile: ModelProfile | GalvatronProfile,
+    cluster: ClusterSpec | None = None,
+    stage: int = 0,
+    cost_model: CostModelName | CostModel = "hetu",
+    *,
+    constants: HetuConstants | None = None,
+) -> dict[str, int]:
+    """Peak bytes per device of one stage by category; they add up to the stage's predicted memory.
+
+    The categories are ``parameters``, ``gradients``, ``optimizer``, ``activations``, ``gathered`` (full copies of
+    parameters) and ``transient``, all at the moment of the peak.
+
+    Raises:
+        ValueError: If there is no such stage, or plan, profile and cluster do not belong together.
+    """
+    model = build_cost_model(profile, cluster, cost_model, constants=constants)
+    peak = stage_report(model, plan, stage).peak
+    return {name: int(size) for name, size in zip(CATEGORIES, peak, strict=True)}
+
+
+def time_breakdown(
+    plan: HybridPlan,
+    profile: ModelProfile | GalvatronProfile,
+    cluster: ClusterSpec | None = None,
+    stage: int = 0,
+    cost_model: CostModelName | CostModel = "hetu",
+    *,
+    constants: HetuConstants | None = None,
+) -> dict[str, float]:
+    """Seconds of one stage by what takes them.
+
+    Names that end in ``_per_step`` are paid once per step, all others per microbatch; the latter add up to the stage's
+    predicted time.
+
+    Raises:
+        ValueError: If there is no such stage, or plan, profile and cluster do not belong together.
+    """
+    model = build_cost_model(profile, cluster, cost_model, constants=constants)
+    report = stage_report(model, plan, stage)
+    total: dict[str, float] = {}
+    for cost in report.costs:
+        for name, seconds in cost.parts.items():
+            total[name] = total.get(name, 0.0) + seconds
+    total["relayout"] = sum(report.relayouts)
+    return total
+
+
+def search(
+    profile: ModelProfile | GalvatronProfile,
+    cluster: ClusterSpec | None,
+    *,
+    memory_budget: int | str,
+    global_batch_size: int | None = None,
+    cost_model: CostModelName | CostModel = "hetu",
+    constants: HetuConstants | None = None,
+    alternatives: bool = True,
+    progress: Progress | None = None,
+    **pins: Any,
+) -> HybridPlan:
+    """Finds the plan of highest predicted throughput whose fullest device stays within the memory budget.
+
+    The result is deterministic: of equal throughput, fewer microbatches win, then fewer stages, then less memory.
+
+    Args:
+        profile: The model.
+        cluster: The devices; ``None`` for ``galvatron3``, whose profile has them.
+        memory_budget: Bytes per device, or text such as ``"20GiB"``.
+        global_batch_size: Samples per step over all devices. ``None`` tries growing sizes for the best throughput.
+        cost_model: ``"hetu"`` for our executor, ``"galvatron3"`` for the released Galvatron, or an instance.
+        constants: Properties of the executor, for ``"hetu"``.
+        alternatives: Whether to record the best plans of restricted spaces in ``plan.rejected``.
+        progress: Called with the number of finished and of all settings.
+        pins: Fields of the plan that are given, see :class:`~lightning_hetu.planning.search_space.Pins`.
+
+    Raises:
+        NoFeasiblePlanError: If no plan fits; it names the smallest budget with which one does.
+        ValueError: If an argument is malformed, or no plan exists at any budget.
+    """
+    model = build_cost_model(profile, cluster, cost_model, constants=constants)
+    budget = parse_bytes(memory_budget)
+    fixed = Pins.parse(pins, model.num_layers)
+    if global_batch_size is None:
+        plan = _search_batch_sizes(model, budget, fixed, progress)
+    else:
+        if isinstance(global_batch_size, bool) or not isinstance(global_batch_size, int) or global_batch_size < 1:
+            raise ValueError(f"global_batch_size={global_batch_size!r}: expected an integer of at least 1.")
+        settings = _prepare(model, global_batch_size, fixed)
+        if not settings:
+            raise ValueError(_impossible(model, global_batch_size, fixed))
+        found = _search_settings(settings, budget - model.reserve(budget), progress)
+        if found is None:
+            raise NoFeasiblePlanError(budget, _smallest_budget(settings))
+        plan = found[0].plan(found[1])
+    if fixed.layers is None:
+        plan = _in_few_runs(model, plan, budget)
+    plan = replace(plan, prediction=predict(model, plan, memory_budget=budget))
+    if alternatives:
+        plan = replace(plan, rejected=rejected_alternatives(model, plan, budget, fixed))
+    return plan
+
+
+def _prepare(model: CostModel, batch: int, pins: Pins) -> list[SettingSearch]:
+    """All settings of one batch size in which every row has an option."""
+    settings = [SettingSearch(model, setting, pins) for setting in pins.settings(model, batch)]
+    return [setting for setting in settings if setting.variants]
+
+
+def _rank(setting: SettingSearch, found: Found) -> tuple[int, int, int]:
+    """Orders plans of equal throughput."""
+    return setting.setting.num_microbatches, setting.setting.num_stages, found.peak
+
+
+def _search_settings(
+    settings: list[SettingSearch], capacity: int, progress: Progress | None
+) -> tuple[SettingSearch, Found] | None:
+    """The best plan over the settings of one batch size, most promising first."""
+    bounds = [(setting.lower_bound(capacity), index) for index, setting in enumerate(settings)]
+    best: tuple[SettingSearch, Found] | None = None
+    for done, (bound, index) in enumerate(sorted(bounds), start=1):
+        incumbent = float("inf") if best is None else best[1].time
+        if bound < float("inf") and bound <= incumbent * (1 + _TIE):
+            setting = settings[index]
+            found = setting.best(capacity, incumbent)
+            if found is not None and (best is None or _beats(setting, found, *best)):
+                best = setting, found
+        if progress is not None:
+            progress(done, len(settings))
+    return best
+
+
+def _beats(setting: SettingSearch, found: Found, other_setting: SettingSearch, other: Found) -> bool:
+    """Whether a plan is faster than another one of the same batch size, or equally fast and ranks before it."""
+    if abs(found.time - other.time) > _TIE * other.time:
+        return found.time < other.time
+    return _rank(setting, found) < _rank(other_setting, other)
+
+
+def _search_batch_sizes(model: CostModel, budget: int, pins: Pins, progress: Progress | None) -> HybridPlan:
+    """The best throughput over batch sizes that double until none fits or it no longer pays.
+
+    A larger batch can always be cut into more microbatches, so throughput levels off rather than ending: the search
+    stops after two doublings that gain less than one percent.
+    """
+    best: tuple[float, HybridPlan] | None = None
+    tried: list[SettingSearch] = []
+    batch, idle = pins.num_microbatches or 1, 0
+    while batch <= _LARGEST_BATCH and idle < _PATIENCE:
+        settings = _prepare(model, batch, pins)
+        found = _search_settings(settings, budget - model.reserve(budget), progress) if settings else None
+        if settings and best is None:
+            tried += settings
+        if found is not None:
+            throughput = batch / found[1].time if found[1].time > 0 else float("inf")
+            idle = 0 if best is None or throughput > best[0] * _WORTHWHILE_GAIN else idle + 1
+            if best is None or throughput > best[0] * (1 + _TIE):
+                best = throughput, found[0].plan(found[1])
+        elif settings:
+            idle += 1
+        _log.debug("batch %d: %s", batch, "no plan" if found is None else f"{found[1].time:.6g} s")
+        batch *= 2
+    if best is not None:
+        return best[1]
+    if not tried:
+        raise ValueError(_impossible(model, None, pins))
+    raise NoFeasiblePlanError(budget, _smallest_budget(tried))
+
+
+def _in_few_runs(model: CostModel, plan: HybridPlan, budget: int) -> HybridPlan:
+    """Puts blocks of one strategy next to each other where that costs no time and still fits.
+
+    The order of equal blocks often does not matter; a plan of few runs is easier to read.
+    """
+    prediction = predict(model, plan, memory_budget=budget)
+    for first, last in plan.stage_bounds:
+        for start, stop in _runs_of_one_type(model, first, last):
+            order = list(dict.fromkeys(plan.layers[start:stop]))
+            layouts = list(dict.fromkeys((s.dp, s.tp, s.sp) for s in order))
+            for early in (True, False):
+                ranks = {s: (layouts.index((s.dp, s.tp, s.sp)), s.recompute != early, i) for i, s in enumerate(order)}
+                block = sorted(plan.layers[start:stop], key=ranks.__getitem__)
+                candidate = replace(plan, layers=(*plan.layers[:start], *block, *plan.layers[stop:]))
+                new = predict(model, candidate, memory_budget=budget)
+                slower = new.iteration_time > prediction.iteration_time * (1 + _ROUNDING)
+                if not slower and max(new.stage_memory) <= budget:
+                    plan = candidate
+                    break
+    return plan
+
+
+def _runs_of_one_type(model: CostModel, first: int, last: int) -> Iterator[tuple[int, int]]:
+    """Ranges of neighboring blocks of one layer type."""
+    start = first
+    for block in range(first + 1, last + 1):
+        if block == last or model.row_kind(block + 1) != model.row_kind(start + 1):
+            yield start, block
+            start = block
+
+
+def _smallest_budget(settings: list[SettingSearch]) -> int:
+    return min(setting.model.budget_for(setting.least_peak()) for setting in settings)
+
+
+def _impossible(model: CostModel, batch: int | None, pins: Pins) -> str:
+    """One line on why there is no setting at all."""
+    given = ", ".join(f"{name}={value}" for name, value in vars(pins).items() if value is not None) or "no pins"
+    return (
+        f"global_batch_size={batch}: no plan divides it over {model.num_devices} devices with {given}; it must be"
+        " divisible by num_microbatches times the data-parallel degree of every layer, and embedding and head cannot"
+        " have degrees of tensor parallelism that were not profiled."
+    )

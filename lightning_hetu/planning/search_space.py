@@ -1,0 +1,191 @@
+"""What a search may choose from: batch, microbatches, stages, schedule, and the pins that narrow it.
+
+Any field of a plan can be pinned. A pin that no plan can satisfy is an error, not an empty result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, get_args
+
+from lightning_hetu.planning.cost_model import CostModel, Setting
+from lightning_hetu.planning.enumeration import powers_of_two
+from lightning_hetu.planning.layer_strategy import DataParallelType, LayerStrategy
+from lightning_hetu.planning.plan import Schedule, even_stages
+
+
+@dataclass(frozen=True)
+class Pins:
+    """Fields of a plan that are given and not searched; ``None`` leaves a field free.
+
+    Args:
+        pipeline_parallel_size: Number of stages.
+        stages: Number of stages, or blocks per stage.
+        num_microbatches: Microbatches per step.
+        schedule: Pipeline schedule.
+        layers: One strategy for all blocks, or one entry per block, ``None`` for free ones.
+        embedding: Strategy of the embedding.
+        head: Strategy of the head.
+        dp: Data-parallel degree of the blocks, or the allowed ones.
+        tp: Tensor-parallel degree of the blocks, or the allowed ones.
+        dp_type: Type of data parallelism of all rows, or the allowed ones; rows without data parallelism are free.
+        recompute: Whether the blocks are recomputed.
+        max_tp: Largest tensor-parallel degree of any row.
+    """
+
+    pipeline_parallel_size: int | None = None
+    stages: tuple[int, ...] | None = None
+    num_microbatches: int | None = None
+    schedule: Schedule | None = None
+    layers: tuple[LayerStrategy | None, ...] | None = None
+    embedding: LayerStrategy | None = None
+    head: LayerStrategy | None = None
+    dp: tuple[int, ...] | None = None
+    tp: tuple[int, ...] | None = None
+    dp_type: tuple[DataParallelType, ...] | None = None
+    recompute: bool | None = None
+    max_tp: int | None = None
+
+    @classmethod
+    def parse(cls, pins: Mapping[str, Any], num_layers: int) -> Pins:
+        """Reads the keyword arguments of a search; text and single values are accepted where the fields are tuples.
+
+        Raises:
+            ValueError: If a pin is unknown or malformed.
+        """
+        allowed = [field.name for field in fields(cls)]
+        unknown = [name for name in pins if name not in allowed]
+        if unknown:
+            raise ValueError(f"pin {', '.join(map(repr, unknown))} is unknown: expected one of {', '.join(allowed)}.")
+        values: dict[str, Any] = {name: value for name, value in pins.items() if value is not None}
+        for name in ("pipeline_parallel_size", "num_microbatches", "max_tp"):
+            if name in values:
+                _check_positive(name, values[name])
+        for name in ("dp", "tp"):
+            if name in values:
+                values[name] = _as_tuple(values[name])
+                for degree in values[name]:
+                    _check_positive(name, degree)
+        if "stages" in values:
+            values["stages"] = _parse_stages(values["stages"], num_layers)
+            count = values.setdefault("pipeline_parallel_size", len(values["stages"]))
+            if count != len(values["stages"]):
+                raise ValueError(
+                    f"pipeline_parallel_size={count} contradicts stages={list(values['stages'])}: give one of them."
+                )
+        if "schedule" in values and values["schedule"] not in get_args(Schedule):
+            raise ValueError(f"schedule={values['schedule']!r}: expected one of {', '.join(get_args(Schedule))}.")
+        if "dp_type" in values:
+            values["dp_type"] = _as_tuple(values["dp_type"])
+            for kind in values["dp_type"]:
+                if kind not in get_args(DataParallelType):
+                    raise ValueError(f"dp_type={kind!r}: expected one of {', '.join(get_args(DataParallelType))}.")
+        if "recompute" in values and not isinstance(values["recompute"], bool):
+            raise ValueError(f"recompute={values['recompute']!r}: expected true or false.")
+        for name in ("embedding", "head"):
+            if name in values:
+                values[name] = LayerStrategy.parse(values[name])
+        if "layers" in values:
+            values["layers"] = _parse_layers(values["layers"], num_layers)
+        return cls(**values)
+
+    def options(self, model: CostModel, row: int, setting: Setting) -> list[LayerStrategy]:
+        """Strategies of a row that the pins and the microbatch size allow."""
+        given = self._given(model, row)
+        found = [given] if given is not None else self._free(model, row, setting)
+        return [
+            strategy
+            for strategy in found
+            if strategy.num_devices == setting.devices_per_stage and setting.microbatch_size % strategy.dp == 0
+        ]
+
+    def _given(self, model: CostModel, row: int) -> LayerStrategy | None:
+        if row == 0:
+            return self.embedding
+        if row > model.num_layers:
+            return self.head
+        return None if self.layers is None else self.layers[row - 1]
+
+    def _free(self, model: CostModel, row: int, setting: Setting) -> list[LayerStrategy]:
+        block = 0 < row <= model.num_layers
+        return [
+            s
+            for s in model.strategies(row, setting)
+            if (not block or self.dp is None or s.dp in self.dp)
+            and (not block or self.tp is None or s.tp in self.tp)
+            and (not block or self.recompute is None or s.recompute == self.recompute)
+            and (self.dp_type is None or s.shard_degree == 1 or s.dp_type in self.dp_type)
+            and (self.max_tp is None or s.tp <= self.max_tp)
+        ]
+
+    def settings(self, model: CostModel, global_batch_size: int) -> Iterator[Setting]:
+        """Every combination of stages, microbatches and schedule for one batch size, fewest of each first.
+
+        Of the schedules, only ``1f1b`` is searched: ``gpipe`` takes the same time and at least the same memory.
+        """
+        schedule: Schedule = self.schedule or "1f1b"
+        for count in self._stage_counts(model):
+            stages = self.stages or even_stages(model.num_layers, count)
+            for microbatches in self._microbatch_counts(model, global_batch_size):
+                if schedule == "1f1b" and count > 1 and microbatches < count:
+                    continue
+                yield Setting(model.num_devices, global_batch_size, microbatches, stages, schedule)
+
+    def _stage_counts(self, model: CostModel) -> list[int]:
+        if self.pipeline_parallel_size is not None:
+            count = self.pipeline_parallel_size
+            if model.num_devices % count or count > model.num_layers:
+                raise ValueError(
+                    f"pipeline_parallel_size={count}: expected a divisor of {model.num_devices} devices, and at most"
+                    f" {model.num_layers} blocks."
+                )
+            if count > 1 and not model.pipeline:
+                raise ValueError(f"pipeline_parallel_size={count}: the model has no pipeline support, expected 1.")
+            return [count]
+        return [
+            count
+            for count in powers_of_two(model.num_devices)
+            if count == 1 or (model.pipeline and count <= model.num_layers)
+        ]
+
+    def _microbatch_counts(self, model: CostModel, global_batch_size: int) -> list[int]:
+        if self.num_microbatches is not None:
+            if self.num_microbatches > 1 and not model.microbatches:
+                raise ValueError(
+                    f"num_microbatches={self.num_microbatches}: the model cannot cut a batch into microbatches,"
+                    " expected 1."
+                )
+            return [self.num_microbatches] if global_batch_size % self.num_microbatches == 0 else []
+        if not model.microbatches:
+            return [1]
+        return [count for count in range(1, global_batch_size + 1) if global_batch_size % count == 0]
+
+
+def _check_positive(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r}: expected an integer of at least 1.")
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, Collection) and not isinstance(value, str) else (value,)
+
+
+def _parse_stages(value: Any, num_layers: int) -> tuple[int, ...]:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return even_stages(num_layers, value)
+    stages = _as_tuple(value)
+    for count in stages:
+        _check_positive("stages", count)
+    if sum(stages) != num_layers:
+        raise ValueError(f"stages={list(stages)} holds {sum(stages)} blocks, but the model has {num_layers}.")
+    return stages
+
+
+def _parse_layers(value: Any, num_layers: int) -> tuple[LayerStrategy | None, ...]:
+    if isinstance(value, (str, Mapping, LayerStrategy)):
+        return (LayerStrategy.parse(value),) * num_layers
+    if not isinstance(value, Sequence) or len(value) != num_layers:
+        size = len(value) if isinstance(value, Sequence) else value
+        raise ValueError(f"layers: expected one strategy, or one entry per block ({num_layers}), got {size!r}.")
+    return tuple(None if item is None else LayerStrategy.parse(item) for item in value)

@@ -1,0 +1,204 @@
+"""From a Trainer and a LightningModule to a plan: what to profile, with which data, under which budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_hetu.parallel.data import batch_samples
+from lightning_hetu.parallel.pipeline_mixin import PipelineMixin
+from lightning_hetu.parallel.structure import ModelStructure
+from lightning_hetu.planning import ClusterSpec, HybridPlan, LayerStrategy, ModelProfile, search
+from lightning_hetu.planning.profile import Precision
+from lightning_hetu.planning.units import parse_bytes
+from lightning_hetu.profiling import (
+    ProfileCache,
+    ProgressBar,
+    cluster_key,
+    model_key,
+    profile_cluster,
+    profile_model,
+    profile_step,
+)
+from lightning_hetu.strategies import _lightning_compat as compat
+
+if TYPE_CHECKING:
+    from lightning_hetu.strategies.auto import AutoHybridParallelStrategy
+
+
+_BATCH_SIZES = (1, 2, 4, 8, 16, 32)
+"""Local batch sizes that are timed; larger ones are extrapolated."""
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What the user asked for; see :class:`AutoHybridParallelStrategy`."""
+
+    plan: HybridPlan | str | Path
+    memory_budget: int | str | None
+    blocks: str | None
+    pins: dict[str, Any]
+    profile_cache: bool | str | Path
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.plan, HybridPlan | str | Path):
+            raise ValueError(f"plan={self.plan!r}: expected 'auto', the path of a plan file, or a HybridPlan.")
+        if self.memory_budget is not None:
+            parse_bytes(self.memory_budget, name="memory_budget")
+        if not isinstance(self.pins, dict):
+            raise ValueError(
+                f"pins={self.pins!r}: expected a mapping of plan fields, for example {{'dp_type': 'zero3'}}."
+            )
+        if self.blocks is not None and not isinstance(self.blocks, str):
+            raise ValueError(f"blocks={self.blocks!r}: expected a dotted path such as 'model.layers'.")
+        if not isinstance(self.profile_cache, bool | str | Path):
+            raise ValueError(f"profile_cache={self.profile_cache!r}: expected a folder, true or false.")
+
+
+def evaluation_plan(structure: ModelStructure, world_size: int) -> HybridPlan:
+    """The plan of an evaluation without training: parameters sharded over all devices; nothing to search."""
+    return HybridPlan.uniform(
+        LayerStrategy(dp=world_size, dp_type="zero3"), num_layers=len(structure.blocks), global_batch_size=world_size
+    )
+
+
+class _Captured(Exception):
+    """Ends a training step as soon as its pipeline step is reached."""
+
+
+class _Capture:
+    """Stands in for the executor and keeps what the module's own ``training_step`` gives to ``pipeline_step``."""
+
+    inputs: Tensor
+    target: Any
+
+    def step(self, inputs: Tensor, target: Any, keep_outputs: bool = False) -> Tensor:
+        self.inputs, self.target = inputs, target
+        raise _Captured
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        raise _Captured
+
+    def outputs(self) -> Tensor | None:
+        return None
+
+
+def example_batch(trainer: Trainer) -> Any:
+    """The first batch of the training loader, a global batch, drawn without changing the random state."""
+    loader = compat.train_dataloader(trainer)
+    with isolate_rng():
+        if isinstance(loader, DataLoader) and loader.num_workers > 0 and loader.batch_sampler is not None:
+            # one batch is not worth starting workers for
+            rows = next(iter(loader.batch_sampler))
+            return loader.collate_fn([loader.dataset[row] for row in rows])
+        return next(iter(loader))
+
+
+def pipeline_example(module: LightningModule, batch: Any) -> tuple[Tensor, Any]:
+    """What ``training_step`` gives to ``pipeline_step`` for ``batch``."""
+    capture = _Capture()
+    mixin = cast(PipelineMixin, module)
+    mixin._pipeline_engine = capture
+    try:
+        with compat.silent_logging(module), isolate_rng():
+            module.training_step(batch, 0)
+    except _Captured:
+        return capture.inputs, capture.target
+    finally:
+        mixin._pipeline_engine = None
+    raise ValueError(f"{type(module).__name__}.training_step did not call self.pipeline_step(inputs, target).")
+
+
+def make_profiles(
+    request: PlanRequest,
+    trainer: Trainer,
+    module: LightningModule,
+    structure: ModelStructure,
+    strategy: AutoHybridParallelStrategy,
+) -> tuple[ModelProfile, ClusterSpec, int]:
+    """Profiles of model and devices, measured or from the cache, and the samples in a global batch."""
+    device = strategy.root_device
+    cache = ProfileCache.from_option(request.profile_cache)
+    with ProgressBar("profiling devices") as bar:
+        measure_cluster = partial(profile_cluster, device, progress=bar)
+        cluster = cache.cluster(cluster_key(device), measure_cluster) if cache else measure_cluster()
+    batch = strategy.batch_to_device(example_batch(trainer), device)
+    samples = batch_samples(batch)
+    precision = cast(Precision, strategy.precision_plugin.precision)
+    sizes = [size for size in _BATCH_SIZES if size <= samples] or [samples]
+    options: dict[str, Any] = {
+        "precision": precision,
+        "device": device,
+        "max_tp": cluster.num_devices,
+        "batch_sizes": sizes,
+    }
+    with ProgressBar("profiling model") as bar, compat.silent_logging(module):
+        measured = {**options, "slots": cluster.slots, "progress": bar}
+        if structure.pipeline:
+            inputs, target = pipeline_example(module, batch)
+            example: Any = (inputs, target)
+            measure_model = partial(profile_model, module, structure, inputs, target, **measured)
+        else:
+            example = batch
+            measure_model = partial(profile_step, module, structure, partial(_loss, module), batch, **measured)
+        if cache is None:
+            return measure_model(), cluster, samples
+        key = model_key(module, structure, example, slots=cluster.slots, **options)
+        return cache.model(key, measure_model), cluster, samples
+
+
+def make_plan(
+    request: PlanRequest,
+    trainer: Trainer,
+    module: LightningModule,
+    structure: ModelStructure,
+    strategy: AutoHybridParallelStrategy,
+) -> HybridPlan:
+    """The plan that was given, or the best one found; the same object on every rank."""
+    if isinstance(request.plan, HybridPlan):
+        return request.plan
+    if str(request.plan) != "auto":
+        return HybridPlan.load(request.plan)
+    profile, cluster, samples = make_profiles(request, trainer, module, structure, strategy)
+    budget = request.memory_budget
+    if budget is None:
+        if cluster.device_memory is None:
+            raise ValueError("memory_budget=None, and the device does not tell its memory: give memory_budget='20GiB'.")
+        budget = int(cluster.device_memory * 0.9)
+    outcome: Any = None
+    if strategy.global_rank == 0:
+        try:
+            with ProgressBar("searching a plan") as bar:
+                outcome = search(
+                    profile,
+                    cluster,
+                    memory_budget=budget,
+                    global_batch_size=samples,
+                    progress=lambda done, total: bar(done, total, ""),
+                    **request.pins,
+                )
+        except TypeError as error:
+            outcome = ValueError(f"pins={request.pins}: {error}.")
+        except ValueError as error:  # every rank must end with the same message instead of waiting for rank 0
+            outcome = error
+    outcome = strategy.broadcast(outcome)
+    if isinstance(outcome, ValueError):
+        raise outcome
+    return cast(HybridPlan, outcome)
+
+
+def _loss(module: LightningModule, batch: Any) -> Tensor:
+    """The loss that ``training_step`` returns."""
+    output = module.training_step(batch, 0)
+    loss = output["loss"] if isinstance(output, Mapping) else output
+    if not isinstance(loss, Tensor):
+        raise ValueError(f"{type(module).__name__}.training_step returned {type(loss).__name__}: expected a loss.")
+    return loss

@@ -1,0 +1,366 @@
+"""``Trainer(strategy="hetu_auto")``: plans hybrid parallelism for a LightningModule and trains under the plan.
+
+The planner follows Galvatron (arXiv 2211.13878) and Galvatron-BMW (arXiv 2307.02031). Automatic optimization stays
+Lightning's own: a pipelined step computes its gradients early and hands them over when Lightning calls backward.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.optim import LBFGS, Optimizer
+from typing_extensions import override
+
+from lightning_hetu.parallel import checkpoint as ckpt
+from lightning_hetu.parallel.build import (
+    build_module,
+    build_stage,
+    check_parameters,
+    check_plan_fits_model,
+    synchronize_initial_state,
+)
+from lightning_hetu.parallel.data import RowSelector, shard_dataloader
+from lightning_hetu.parallel.executor import PipelineExecutor
+from lightning_hetu.parallel.mesh import PlanMesh
+from lightning_hetu.parallel.pipeline_mixin import PipelineMixin
+from lightning_hetu.parallel.structure import ModelStructure, find_structure
+from lightning_hetu.planning.explain import diff
+from lightning_hetu.planning.plan import HybridPlan
+from lightning_hetu.strategies import _lightning_compat as compat
+from lightning_hetu.strategies._planner import PlanRequest, evaluation_plan, make_plan, make_profiles
+
+
+class AutoHybridParallelStrategy(ModelParallelStrategy):
+    """Searches the fastest hybrid-parallel plan that fits memory, and trains under it.
+
+    Batches: a dataloader is written as for one device. Its ``batch_size`` is the global batch, and every rank loads
+    only its rows of it; so one script trains the same model on any number of devices and under any plan. With
+    ``Trainer(use_distributed_sampler=False)`` loaders are left alone and must yield the rank's own rows.
+
+    Args:
+        plan: ``"auto"`` profiles and searches; or a path of a plan file, or a :class:`HybridPlan`.
+        memory_budget: Memory per device the plan may use, as bytes or text such as ``"20GiB"``. By default 90 % of
+            what a device has.
+        blocks: Dotted path of the container of the model's blocks, for example ``"model.layers"``. By default it is
+            found.
+        pins: Fields of the plan that the search must not change, for example ``{"num_microbatches": 4}``; see
+            :func:`lightning_hetu.planning.search`.
+        profile_cache: Folder where profiles are kept; ``True`` for the default folder, ``False`` to always profile.
+        process_group_backend: ``"nccl"``, ``"gloo"``; by default the one for the device.
+        timeout: How long a collective may take.
+
+    Raises:
+        ValueError: For a plan or an option that cannot be.
+        NoFeasiblePlanError: If nothing fits ``memory_budget``; it names the smallest budget that would do.
+    """
+
+    def __init__(
+        self,
+        plan: HybridPlan | str | Path = "auto",
+        memory_budget: int | str | None = None,
+        blocks: str | None = None,
+        pins: dict[str, Any] | None = None,
+        profile_cache: bool | str | Path = True,
+        process_group_backend: Literal["nccl", "gloo"] | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+    ) -> None:
+        super().__init__(
+            data_parallel_size=1,
+            tensor_parallel_size=1,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+        )
+        self._request = PlanRequest(plan, memory_budget, blocks, pins or {}, profile_cache)
+        self.plan: HybridPlan | None = None
+        self._structure: ModelStructure | None = None
+        self._plan_mesh: PlanMesh | None = None
+        self._executor: PipelineExecutor | None = None
+        self._parallelized: LightningModule | None = None
+        self._root: torch.nn.Module | None = None
+        self._parameter_names: list[str] = []
+        self._shard_loaders: bool | None = None
+        self._evaluation_only: LightningModule | None = None
+        self._optimizers_of: LightningModule | None = None
+        self.weights_only: bool | None = None
+        self._stop_after: Literal["plan", "profile"] | None = None
+        self._stop_file: str | None = None
+
+    def stop_after_plan(self, plan_file: str | None = None) -> None:
+        """Makes the next ``fit`` end once the plan is shown; it is also written to ``plan_file``."""
+        self._stop_after, self._stop_file = "plan", plan_file
+
+    def stop_after_profile(self, folder: str) -> None:
+        """Makes the next ``fit`` end once model and devices are profiled; the profiles are written to ``folder``."""
+        self._stop_after, self._stop_file = "profile", folder
+
+    # ------------------------------------------------------------------ processes and plan
+
+    @override
+    def setup_environment(self) -> None:
+        logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+        compat.setup_processes(self)
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        # Loaders are cut by `process_dataloader`; Lightning itself must not.
+        return {"num_replicas": 1, "rank": 0}
+
+    @override
+    def setup(self, trainer: Trainer) -> None:
+        assert self.accelerator is not None and self.lightning_module is not None
+        self.accelerator.setup(trainer)
+        compat.end_after_sigterm(trainer)
+        module = self.lightning_module
+        if not module.automatic_optimization:
+            raise ValueError(
+                f"{type(module).__name__}.automatic_optimization=False: {type(self).__name__} needs automatic"
+                " optimization; set it to True."
+            )
+        if self._parallelized is not module:
+            if self._shard_loaders is None:
+                self._shard_loaders = compat.keep_user_samplers(trainer)
+            self._parallelize(trainer, module)
+        elif compat.is_fitting(trainer) and self._evaluation_only is module:
+            raise ValueError(
+                f"{type(module).__name__} was set up for evaluation before a plan was searched: fit first, or use a new"
+                " Trainer and module to fit."
+            )
+        self.model = self._root  # a second call of the Trainer has connected the bare module again
+        self.barrier()
+        if compat.is_fitting(trainer):
+            self.setup_optimizers(trainer)
+            self._check_optimizers()
+        elif self._optimizers_of is not module:
+            self.optimizers = []  # of another module, fitted before
+        self._optimizers_of = module
+        self.setup_precision_plugin()
+
+    def _parallelize(self, trainer: Trainer, module: LightningModule) -> None:
+        if any(isinstance(child, FSDPModule) for child in module.modules()):
+            raise ValueError(
+                f"{type(module).__name__} is already parallelized: build a new one for another Trainer, and load its"
+                " checkpoint."
+            )
+        self._executor, self.plan = None, None
+        self._structure = find_structure(module, self._request.blocks)
+        check_parameters(self._structure, module)
+        module.to(self.root_device)
+        synchronize_initial_state(module)
+        # One random state for all ranks: tensor-parallel ranks must draw the same dropout masks. Profiling draws too.
+        random_state = self.broadcast(torch.get_rng_state())
+        if any(isinstance(child, torch.nn.modules.batchnorm._BatchNorm) for child in module.modules()):
+            rank_zero_warn(
+                f"{type(module).__name__} has batch normalization: its statistics are those of a rank's own rows, so"
+                " results depend on the plan."
+            )
+        if self._stop_after == "profile":
+            assert self._stop_file is not None
+            profile, cluster = make_profiles(self._request, trainer, module, self._structure, self)[:2]
+            if self.global_rank == 0:
+                files = (
+                    profile.save(Path(self._stop_file) / "model.json"),
+                    cluster.save(Path(self._stop_file) / "cluster.json"),
+                )
+                rank_zero_info(f"wrote {files[0]} and {files[1]}")
+            self.barrier()
+            compat.end_run()
+        if compat.is_fitting(trainer) or self._request.plan != "auto":
+            plan = make_plan(self._request, trainer, module, self._structure, self)
+        else:
+            plan = evaluation_plan(self._structure, self.world_size)
+            self._evaluation_only = module
+        torch.set_rng_state(random_state)
+        check_plan_fits_model(plan, self._structure, module)
+        self.plan = plan
+        self._plan_mesh = PlanMesh(plan, self.root_device.type)
+        rank_zero_info(plan.explain())
+        folder = trainer.log_dir or trainer.default_root_dir
+        if self.global_rank == 0:
+            plan.save(Path(folder) / ckpt.PLAN_FILE)
+            if self._stop_file is not None:
+                plan.save(self._stop_file)
+        if self._stop_after == "plan":
+            self.barrier()
+            compat.end_run()
+        compat.set_device_mesh(module, self._plan_mesh.root)
+        self._device_mesh = self._plan_mesh.root
+        self._parameter_names = [name for name, _ in module.named_parameters()]
+        self.precision_plugin.convert_module(module)
+        if self._structure.pipeline:
+            stage = build_stage(module, self._structure, plan, self._plan_mesh)
+            pipelined = cast(PipelineMixin, module)
+            self._executor = PipelineExecutor(pipelined, stage, plan, self._plan_mesh, self.root_device)
+            pipelined._pipeline_engine = self._executor
+            self._root = module
+        else:
+            self._root = build_module(module, self._structure, plan, self._plan_mesh)
+            compat.synchronize_epoch_metrics(module)
+        compat.forget_dataloaders(trainer)
+        self._parallelized = self.lightning_module
+
+    def _check_optimizers(self) -> None:
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, LBFGS):
+                raise ValueError(
+                    "LBFGS evaluates the loss several times per step, which a plan cannot: use another optimizer."
+                )
+
+    @property
+    @override
+    def precision_plugin(self) -> Precision:
+        return super().precision_plugin
+
+    @precision_plugin.setter
+    def precision_plugin(self, plugin: Precision | None) -> None:
+        ModelParallelStrategy.precision_plugin.fset(self, plugin)  # type: ignore[attr-defined]
+        if plugin is not None:
+            compat.clip_across_meshes(plugin, self._pipeline_group)
+
+    def _pipeline_group(self) -> Any:
+        if self.plan is None or self._plan_mesh is None or self.plan.pipeline_parallel_size == 1:
+            return None
+        return self._plan_mesh.pipeline.get_group()
+
+    # ------------------------------------------------------------------ data
+
+    @override
+    def process_dataloader(self, dataloader: object) -> object:
+        if not self._shard_loaders or self.plan is None or self._plan_mesh is None:
+            return dataloader
+        assert self.lightning_module is not None
+        training = compat.is_training_stage(self.lightning_module.trainer)
+        selector = RowSelector(self.plan, self._plan_mesh, training=training)
+        return shard_dataloader(dataloader, selector, self.broadcast)
+
+    # ------------------------------------------------------------------ steps
+
+    @override
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        if self._executor is None and self.plan is not None:
+            # Gradients are summed over ranks, so the mean over data-parallel ranks is taken in the loss.
+            closure_loss = closure_loss / self.plan.head.dp
+        return super().backward(closure_loss, optimizer, *args, **kwargs)
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        steps = self._executor.steps if self._executor is not None else 0
+        output = super().training_step(*args, **kwargs)
+        if self._executor is not None and self._executor.steps == steps:
+            raise ValueError(
+                f"{type(self.lightning_module).__name__}.training_step did not call self.pipeline_step(inputs, target):"
+                " under a plan the loss must come from it."
+            )
+        return output
+
+    @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        with compat.no_inference_tensors():
+            return super().validation_step(*args, **kwargs)
+
+    @override
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        with compat.no_inference_tensors():
+            return super().test_step(*args, **kwargs)
+
+    @override
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        with compat.no_inference_tensors():
+            return super().predict_step(*args, **kwargs)
+
+    @override
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().optimizer_step(*args, **kwargs)
+        if self._executor is not None:
+            self._executor.end_accumulation()
+        return output
+
+    @contextmanager
+    @override
+    def block_backward_sync(self) -> Iterator[None]:
+        """Gradients of a module without pipeline support are reduced once per accumulation window."""
+        if self._executor is not None or not isinstance(self.model, FSDPModule):
+            yield
+            return
+        self.model.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            self.model.set_requires_gradient_sync(True)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        return ckpt.model_state(self.lightning_module)
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        if isinstance(optimizer, LightningOptimizer):
+            optimizer = optimizer._optimizer
+        return ckpt.optimizer_state(self.lightning_module, optimizer)
+
+    @override
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        if storage_options is not None:
+            raise TypeError(f"{type(self).__name__}.save_checkpoint(storage_options=...): only None is supported.")
+        assert self.plan is not None and self.lightning_module is not None
+        path = Path(self.broadcast(str(filepath)))
+        metadata = dict(checkpoint)
+        state = {"state_dict": metadata.pop("state_dict")}
+        optimizer_states = metadata.pop("optimizer_states", [])
+        state.update({f"optimizer_{index}": value for index, value in enumerate(optimizer_states)})
+        if optimizer_states:
+            metadata[ckpt.PARAMETER_GROUPS_KEY] = ckpt.parameter_groups(
+                self.lightning_module, self.optimizers, self._parameter_names
+            )
+        ckpt.save_folder(state, metadata, self.plan.to_json(), path)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        path = Path(self.broadcast(str(checkpoint_path)))
+        weights_only = self.weights_only if weights_only is None else weights_only
+        strict = self.lightning_module.strict_loading
+        if path.is_file():
+            return self._load_file(path, weights_only, strict)
+        ckpt.load_folder(self.lightning_module, self.optimizers, path, strict=strict)
+        plan_file = path / ckpt.PLAN_FILE
+        if plan_file.is_file() and self.plan is not None:
+            change = diff(HybridPlan.load(plan_file), self.plan)
+            if change:
+                rank_zero_info(f"replanned since the checkpoint was written: {change}")
+        return ckpt.load_metadata(path, weights_only)
+
+    def _load_file(self, path: Path, weights_only: bool | None, strict: bool) -> dict[str, Any]:
+        try:
+            checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=weights_only)
+        except (EOFError, RuntimeError) as error:
+            raise ckpt.DamagedCheckpointError(f"checkpoint {str(path)!r} cannot be read: it is damaged.") from error
+        assert self.lightning_module is not None
+        optimizers = self.optimizers if checkpoint.get("optimizer_states") else []
+        names = ckpt.parameter_groups(self.lightning_module, optimizers, self._parameter_names)
+        ckpt.load_full(self.lightning_module, optimizers, checkpoint, names, strict=strict)
+        return checkpoint
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Nothing: :meth:`load_checkpoint` has filled the model."""

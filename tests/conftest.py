@@ -1,0 +1,55 @@
+"""Settings every test runs under, and where the tests that need devices are skipped."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+# Before torch and numpy are imported: tests are small, and distributed ones start several processes on few cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
+# Gloo would otherwise look the host name up, which fails on machines without a resolvable one.
+os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+
+import pytest
+import torch
+
+from tests._ranks import RankPool
+
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked ``gpu`` and ``multigpu`` where the devices are missing, saying so."""
+    available = torch.cuda.device_count()
+    for marker, needed in (("gpu", 1), ("multigpu", 2)):
+        if available >= needed:
+            continue
+        skip = pytest.mark.skip(reason=f"marked {marker}: needs {needed} GPU(s), this machine has {available}")
+        for item in items:
+            if item.get_closest_marker(marker):
+                item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Every test starts from the same random state, whichever ran before it."""
+    torch.manual_seed(0)
+
+
+_pools: dict[int, RankPool] = {}
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Callable[[int], RankPool]]:
+    """Gives a pool of gloo processes by its size; the same one to all tests of the session."""
+
+    def pool(world_size: int) -> RankPool:
+        if world_size not in _pools:
+            _pools[world_size] = RankPool(world_size)
+        return _pools[world_size]
+
+    yield pool
+    for started in _pools.values():
+        started.close()
+    _pools.clear()

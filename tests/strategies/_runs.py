@@ -1,0 +1,167 @@
+"""Small trainings that the strategy's tests run on several ranks and on one."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_hetu.models import GPTLightningModule
+from lightning_hetu.planning import HybridPlan, LayerStrategy
+from lightning_hetu.strategies.auto import AutoHybridParallelStrategy
+
+VOCABULARY, LENGTH, SAMPLES = 32, 16, 16
+
+
+class Blocks(LightningModule):
+    """An ordinary module: no mixin, blocks in a list, a loss of its own, tensor parallelism declared by full names."""
+
+    tensor_parallel_plan = {"net.layers.*.up": "colwise", "net.layers.*.down": "rowwise"}
+
+    class Block(nn.Module):
+        def __init__(self, dim: int) -> None:
+            super().__init__()
+            self.norm = nn.LayerNorm(dim)
+            self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+
+        def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+            return x + scale[:, None, None] * self.down(F.gelu(self.up(self.norm(x))))
+
+    def __init__(self, dim: int = 16) -> None:
+        super().__init__()
+        self.table = nn.Embedding(VOCABULARY, dim)
+        self.net = nn.Module()
+        self.net.layers = nn.ModuleList(self.Block(dim) for _ in range(4))
+        self.out = nn.Linear(dim, VOCABULARY)
+
+    def _loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        inputs, target = batch
+        hidden = self.table(inputs)
+        scale = 1 + inputs[:, 0] / VOCABULARY  # a second argument with a batch dimension
+        for layer in self.net.layers:
+            hidden = layer(hidden, scale)
+        return F.cross_entropy(self.out(hidden).flatten(0, 1), target.flatten())
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = self._loss(batch)
+        self.log("train_loss", loss, sync_dist=True)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self._loss(batch), sync_dist=True)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("test_loss", self._loss(batch), sync_dist=True)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return batch[0].float().mean(dim=1)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=2e-3)
+
+
+class Losses(Callback):
+    """Global losses of every batch."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        loss = trainer.strategy.reduce(outputs["loss"].detach().clone(), reduce_op="mean")
+        self.values.append(float(loss) * trainer.accumulate_grad_batches)
+
+
+def gpt(**options: Any) -> GPTLightningModule:
+    sizes = {"vocab_size": VOCABULARY, "max_seq_len": LENGTH, "num_layers": 4, "num_heads": 4, "dim": 32}
+    return GPTLightningModule(**{**sizes, "lr_schedule": "constant", **options})
+
+
+MODULES = {"gpt": gpt, "blocks": Blocks}
+
+
+def plan_of(text: str, world: int, stages: tuple[int, ...], microbatches: int = 1, batch: int = SAMPLES) -> HybridPlan:
+    """Embedding, blocks and head, separated by spaces."""
+    rows = [LayerStrategy.parse(word) for word in text.split()]
+    return HybridPlan(
+        world_size=world, global_batch_size=batch, num_microbatches=microbatches, stages=stages,
+        embedding=rows[0], layers=tuple(rows[1:-1]), head=rows[-1],
+    )  # fmt: skip
+
+
+def dataset(samples: int, seed: int) -> TensorDataset:
+    inputs = torch.randint(VOCABULARY, (samples, LENGTH), generator=torch.Generator().manual_seed(seed))
+    return TensorDataset(inputs, (inputs * 7 + 3) % VOCABULARY)
+
+
+def loader(samples: int = 96, seed: int = 0, **options: Any) -> DataLoader[Any]:
+    return DataLoader(dataset(samples, seed), **{"batch_size": SAMPLES, **options})
+
+
+def whole(module: nn.Module) -> dict[str, Tensor]:
+    return {
+        name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
+        for name, p in module.named_parameters()
+    }
+
+
+def train(
+    rank: int,
+    folder: str,
+    plan: HybridPlan | str | None,
+    options: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Fits, then tests and predicts; ``plan=None`` is a plain Trainer on one device. Returns what can be compared."""
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    options = dict(options or {})
+    kind, ckpt_path = options.pop("module", "gpt"), options.pop("ckpt_path", None)
+    shuffle, evaluate = options.pop("shuffle", True), options.pop("evaluate", True)
+    strategy_options = options.pop("strategy", {})
+    module_options, save = options.pop("module_options", {}), options.pop("save", False)
+    seed_everything(1, verbose=False)
+    module = MODULES[kind](**module_options)
+    losses = Losses()
+    checkpoint = ModelCheckpoint(
+        dirpath=folder, filename="{epoch}", monitor="val_loss", save_top_k=-1, save_last=True, every_n_epochs=1
+    )
+    settings: dict[str, Any] = {
+        "accelerator": "cpu",
+        "max_epochs": 2,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "callbacks": [losses, checkpoint, EarlyStopping("val_loss", patience=3)],
+        "default_root_dir": folder,
+        **options,
+    }
+    if plan is None:
+        trainer = Trainer(devices=1, **settings)
+    else:
+        strategy = AutoHybridParallelStrategy(plan=plan, **strategy_options)
+        trainer = Trainer(devices=torch.distributed.get_world_size(), strategy=strategy, **settings)
+    trainer.fit(module, loader(shuffle=shuffle, drop_last=True), loader(32, 1), ckpt_path=ckpt_path)
+    if save:
+        trainer.save_checkpoint(Path(folder) / "end.ckpt")
+    out: dict[str, Any] = {
+        "losses": losses.values,
+        "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
+        "weights": whole(module),
+        "step": trainer.global_step,
+        "best": Path(checkpoint.best_model_path).name,
+        "plan": getattr(trainer.strategy, "plan", None),
+    }
+    if evaluate:
+        out["test"] = trainer.test(module, loader(32, 2), verbose=False)
+        out["validate"] = trainer.validate(module, loader(32, 2), verbose=False)
+        predictions = trainer.predict(module, loader(32, 2))
+        out["predicted"] = [tuple(p.shape) for p in predictions]
+        out["prediction"] = predictions[0]
+    return out

@@ -1,0 +1,45 @@
+"""The memory that plans are searched under is the memory they take. (Times are compared in tests/benchmarks.)"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lightning_hetu.planning import evaluate, search
+from tests.benchmarks.plan_accuracy import BATCH, PLANS, measure, profiles
+
+
+@pytest.fixture(scope="module")
+def profiled(ranks: Any) -> Any:
+    return ranks(4).run(profiles, timeout=300)[0]
+
+
+def check(ranks: Any, profiled: Any, plan: Any) -> None:
+    profile, cluster = profiled
+    predicted = evaluate(plan, profile, cluster).stage_memory
+    _, measured = ranks(4).run(measure, plan, 3, timeout=300)[0]
+    for stage, (expected, actual) in enumerate(zip(predicted, measured, strict=True)):
+        assert expected == pytest.approx(actual, rel=0.10), f"stage {stage}: predicted {expected}, measured {actual}"
+
+
+@pytest.mark.parametrize("name", ["pp2 x dp2, mixed", "zero3, 2 microbatches", "tp2 x dp2, recompute"])
+def test_peak_memory_is_predicted_to_10_percent(ranks: Any, profiled: Any, name: str) -> None:
+    """Every stage's peak in a real training step is within 10 % of the prediction."""
+    check(ranks, profiled, PLANS[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(PLANS))
+def test_peak_memory_of_all_plans(ranks: Any, profiled: Any, name: str) -> None:
+    """The same for every plan of the benchmark."""
+    check(ranks, profiled, PLANS[name])
+
+
+def test_the_plan_of_the_recipe_fits_and_mixes(ranks: Any, profiled: Any) -> None:
+    """Under the recipe's budget the plan has stages or tensor parallelism and layers of different kinds, and fits."""
+    profile, cluster = profiled
+    plan = search(profile, cluster, memory_budget="17MiB", global_batch_size=BATCH)
+    assert plan.pipeline_parallel_size > 1 or max(layer.tp for layer in plan.layers) > 1
+    assert len(set(plan.layers)) >= 2
+    check(ranks, profiled, plan)
