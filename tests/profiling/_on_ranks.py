@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -55,28 +57,35 @@ def gpt_part(role: str) -> LayerCase:
 
 
 def metered(case: LayerCase) -> tuple[float, float, float]:
-    """Kept, forward beyond it, backward beyond it, as allocated; gradients of parameters are already there."""
+    """Kept by the forward, its peak, and the backward's, as allocated; gradients of parameters are already there."""
     for _ in range(2):  # the first run makes what is made once
         loss = case.forward(case.batch)
         loss.backward()
     del loss
+    _settle()
     with MemoryMeter() as forward:
         loss = case.forward(case.batch)
+        _settle()
     with MemoryMeter() as backward:
         loss.backward()
-    return forward.kept, forward.peak - forward.kept, backward.peak
+    return forward.kept, forward.peak, backward.peak
+
+
+def _settle() -> None:
+    # A thread of a collective may hold its buffer a moment longer, and free it while the next thing is measured.
+    if dist.is_initialized():
+        time.sleep(0.02)
 
 
 def measure_tensor_parallel(rank: int) -> dict[str, tuple[float, float, float]]:
-    """Real memory of the parts on two tensor-parallel ranks."""
+    """Kept, forward beyond it, backward beyond it, of the parts on two tensor-parallel ranks."""
     mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("dp", "tp"))["tp"]
     found = {}
     for role in ("block", "embedding", "head"):
         case = gpt_part(role)
         apply_tensor_parallel(case.module, mesh, dict(case.plan))
-        # A thread of a collective may hold its buffer a moment longer: the least of a few runs is without that.
-        forward_kept, forward, backward = map(min, zip(*(metered(case) for _ in range(4)), strict=True))
-        found[role] = (forward_kept, forward, backward)
+        kept, forward, backward = map(median, zip(*(metered(case) for _ in range(7)), strict=True))
+        found[role] = (kept, forward - kept, backward)
     return found
 
 
