@@ -16,6 +16,7 @@ from pathlib import Path
 from jsonargparse import auto_cli
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import lightning_hetu
 from lightning_hetu.parallel.checkpoint import consolidate
@@ -109,6 +110,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Console entry point: an error that a user can act on is one line on stderr, and the exit status is 1."""
     try:
         run(arguments)
+    except SIGTERMException:
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            sys.stderr.write("stopped by SIGTERM; to go on, give --ckpt_path and a checkpoint.\n")
+        raise
     except Exception as error:
         line = one_line(error)
         if line is None:

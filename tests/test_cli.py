@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -190,8 +191,6 @@ def test_corrupt_profile_cache(trained: Path) -> None:
 
 def test_truncated_checkpoint(trained: Path) -> None:
     """A checkpoint that was cut short is named with what is wrong, on fit and on consolidate."""
-    import shutil
-
     checkpoint = trained / "cut.ckpt"
     shutil.copytree(trained / "runs" / "gpt_auto" / "version_0" / "checkpoints" / "last.ckpt", checkpoint)
     data = next(checkpoint.glob("__1_*.distcp"))
@@ -201,9 +200,10 @@ def test_truncated_checkpoint(trained: Path) -> None:
     failed_with_one_line(command("consolidate", checkpoint, trained / "cut-one.ckpt"), data.name, "damaged")
 
 
-def running(trained: Path) -> tuple[subprocess.Popen[str], int]:
+def running(trained: Path, **changes: Any) -> tuple[subprocess.Popen[str], int]:
     """An endless run that has begun to train, and its second process."""
-    process = start("fit", "--config", config(trained, trainer__max_steps=100_000, trainer__val_check_interval=10_000))
+    endless = config(trained, trainer__max_steps=100_000, trainer__val_check_interval=10_000, **changes)
+    process = start("fit", "--config", endless)
     metrics = trained / "runs" / "gpt_auto" / "version_0" / "metrics.csv"
     metrics.unlink(missing_ok=True)
     deadline = time.monotonic() + 90
@@ -241,8 +241,18 @@ def test_killed_rank_ends_the_run(trained: Path, victim: int) -> None:
     assert "another process of this run has ended" in err
 
 
-def test_sigterm_to_all_ends_the_run(trained: Path) -> None:
-    """SIGTERM to every process, as a cluster sends it, ends all of them; that they end in good order is not promised."""
-    process, worker = running(trained)
-    os.killpg(process.pid, signal.SIGTERM)
-    ended(process, worker)
+@pytest.mark.parametrize("victim", ["all", "worker"])
+def test_sigterm_ends_the_run_in_good_order(trained: Path, tmp_path: Path, victim: str) -> None:
+    """SIGTERM, to every process as a cluster sends it or to one, ends all between two batches, with a checkpoint."""
+    options = {"dirpath": str(tmp_path), "save_on_exception": True}
+    checkpoint = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": options}
+    process, worker = running(trained, trainer__callbacks=[checkpoint])
+    os.killpg(process.pid, signal.SIGTERM) if victim == "all" else os.kill(worker, signal.SIGTERM)
+    err = ended(process, worker)
+    assert process.returncode == 128 + signal.SIGTERM, err
+    assert "Traceback" not in err and err.count("stopped by SIGTERM") == 1, err
+    (saved,) = tmp_path.glob("*.ckpt")
+    done = torch.load(saved / "meta.pt", weights_only=True)["global_step"]
+    resumed = config(trained, trainer__max_steps=done + 1)
+    status, _, err = command("fit", "--config", resumed, "--ckpt_path", saved)
+    assert status == 0, err

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import MethodType
@@ -13,8 +15,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.parallel import ParallelStrategy
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.exceptions import _TunerExitException
+from lightning.pytorch.utilities.exceptions import SIGTERMException, _TunerExitException
 from lightning.pytorch.utilities.seed import isolate_rng
 from torchmetrics import Metric
 
@@ -44,25 +47,50 @@ def keep_user_samplers(trainer: Trainer) -> bool:
     return before
 
 
-def end_after_sigterm(trainer: Trainer) -> None:
-    """Makes SIGTERM end the run instead of blocking it in mid-step.
+class SigtermWatch:
+    """Ends a run in good order on SIGTERM: on all ranks together, between two batches.
 
     Lightning's handler communicates, in the middle of whatever the process was doing; with other collectives under way
-    the processes then wait for each other forever. Here rank 0 only notes the signal.
+    the processes then wait for each other forever. Here a rank only notes the signal, and the ranks agree on it before
+    the next batch. A signal behind the last batch is delivered again once the Trainer is done.
 
-    Not yet a clean end: Lightning's check behind a batch raises on rank 0 alone, before the loop has told the others,
-    so they end on a closed connection; what rank 0 does collectively on the exception (``save_on_exception``) hangs.
+    Args:
+        trainer: The Trainer whose signals to watch.
+        device: Where collectives run.
     """
-    connector = trainer._signal_connector
 
-    def note(self: Any, signum: Any, frame: Any) -> None:
-        launcher = self.trainer.strategy.launcher
-        if self.trainer.is_global_zero and not self.received_sigterm:
-            self.received_sigterm = True
-            if launcher is not None:
-                launcher.kill(signum)
+    def __init__(self, trainer: Trainer, device: torch.device) -> None:
+        self.device = device
+        self.connector = trainer._signal_connector
+        self.noted = False
+        self.connector._sigterm_notifier_fn = self._note  # type: ignore[method-assign]
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = self.agree  # type: ignore[method-assign]
+        restore_handlers = _SignalConnector.teardown
 
-    connector._sigterm_notifier_fn = MethodType(note, connector)  # type: ignore[method-assign]
+        def teardown() -> None:
+            restore_handlers(self.connector)
+            if self.noted and not self.connector.received_sigterm:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        self.connector.teardown = teardown  # type: ignore[method-assign]
+
+    def agree(self) -> None:
+        """Raises on every rank if any has received SIGTERM; every rank must call it.
+
+        Raises:
+            SIGTERMException: With the exit status of a process that SIGTERM has ended.
+        """
+        noted = torch.tensor(int(self.noted), device=self.device)
+        torch.distributed.all_reduce(noted, op=torch.distributed.ReduceOp.MAX)
+        if noted.item():
+            self.connector.received_sigterm = True
+            raise SIGTERMException(128 + signal.SIGTERM)
+
+    def _note(self, signum: int, frame: Any) -> None:
+        launcher = self.connector.trainer.strategy.launcher
+        if not self.noted and launcher is not None:
+            launcher.kill(signum)
+        self.noted = True
 
 
 def forget_dataloaders(trainer: Trainer) -> None:

@@ -95,6 +95,7 @@ class AutoHybridParallelStrategy(ModelParallelStrategy):
         self._shard_loaders: bool | None = None
         self._evaluation_only: LightningModule | None = None
         self._optimizers_of: LightningModule | None = None
+        self._sigterm: compat.SigtermWatch | None = None
         self.weights_only: bool | None = None
         self._stop_after: Literal["plan", "profile"] | None = None
         self._stop_file: str | None = None
@@ -124,7 +125,7 @@ class AutoHybridParallelStrategy(ModelParallelStrategy):
     def setup(self, trainer: Trainer) -> None:
         assert self.accelerator is not None and self.lightning_module is not None
         self.accelerator.setup(trainer)
-        compat.end_after_sigterm(trainer)
+        self._sigterm = compat.SigtermWatch(trainer, self.root_device)
         module = self.lightning_module
         if not module.automatic_optimization:
             raise ValueError(
@@ -269,18 +270,26 @@ class AutoHybridParallelStrategy(ModelParallelStrategy):
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._agree_to_go_on()
         with compat.no_inference_tensors():
             return super().validation_step(*args, **kwargs)
 
     @override
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._agree_to_go_on()
         with compat.no_inference_tensors():
             return super().test_step(*args, **kwargs)
 
     @override
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._agree_to_go_on()
         with compat.no_inference_tensors():
             return super().predict_step(*args, **kwargs)
+
+    def _agree_to_go_on(self) -> None:
+        # Before batches of training Lightning's loop asks.
+        if self._sigterm is not None:
+            self._sigterm.agree()
 
     @override
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
