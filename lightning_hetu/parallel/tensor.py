@@ -24,8 +24,6 @@ def apply_tensor_parallel(layer: nn.Module, mesh: DeviceMesh, plan: dict[str, st
     Raises:
         ValueError: If the layer has no plan but more than one rank.
     """
-    if mesh.size() == 1:
-        return
     if not plan:
         raise ValueError(
             f"tp={mesh.size()} needs a tensor_parallel_plan on {type(layer).__name__}, and it has none: declare one, or"

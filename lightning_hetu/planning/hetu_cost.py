@@ -42,6 +42,7 @@ class HetuConstants:
         reduce_every_microbatch: Whether ``zero2`` and ``zero3`` reduce gradients in every microbatch. Otherwise they
             accumulate full-size gradients and reduce in the last one, as ``ddp`` always does.
         backward_reduce: Full-size gradients alive in a backward that reduces: the gradient and the flat buffer.
+        lingering_reduce: Flat buffers of a reduction alive while the backward of the next row runs.
         ddp_keeps_copy: Whether ``ddp`` keeps a second full copy of its parameters from forward to backward, as FSDP2's
             ``replicate`` does, also over one rank.
         gradients_during_forward: Whether the gradients of the previous step are still alive in forward. Lightning's own
@@ -69,6 +70,7 @@ class HetuConstants:
     zero3_backward_gather: float = 2.0
     reduce_every_microbatch: bool = True
     backward_reduce: float = 2.0
+    lingering_reduce: float = 1.0
     ddp_keeps_copy: bool = True
     gradients_during_forward: bool = False
     optimizer_transient: float = 0.25
@@ -320,6 +322,9 @@ class HetuCostModel(CostModel):
         if strategy.recompute:
             # Forward drops what is inside at once; right before its own backward all of it is there again.
             backward_extra = inside - kept + max(backward_extra, forward_extra)
+        if microbatches == 1 or self._reduces_every_microbatch(strategy):
+            # Full gradients are made from the first layer of its backward on; elsewhere they are there already.
+            backward_extra += LayerProfile.at_degree(layer.backward_gradients, tp) * self._reduced
 
         if microbatches == 1:
             resting = gradient if c.gradients_during_forward else 0.0
@@ -340,7 +345,12 @@ class HetuCostModel(CostModel):
         # Gradients are reduced when the row's backward is done, and so its activations are gone: of this microbatch, or
         # of all of them where only the last microbatch reduces.
         gone = kept if self._reduces_every_microbatch(strategy) else min(in_flight, microbatches) * kept
-        backward_extra = max(backward_extra, reduce_extra - gone)
+        # FSDP2 frees the flat buffer of a reduction when the next row reduces: it is still there while that row runs
+        # its backward. The next row is taken to be of the same size. What reduces in the last microbatch only has
+        # released the others by then.
+        lingers = c.lingering_reduce * trained * self._reduced
+        lingers -= 0.0 if self._reduces_every_microbatch(strategy) else (in_flight - 1) * kept
+        backward_extra = max(backward_extra + max(lingers, 0.0), reduce_extra - gone)
         step = byte_vector(**states, gradients=gradient, transient=trained / shards * c.optimizer_transient)
         return RowMemory(
             held=held,

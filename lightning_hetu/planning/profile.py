@@ -31,6 +31,8 @@ class LayerProfile:
             layers of different layout and between stages.
         forward_transient: ``{tp: bytes per sample}`` alive during forward on top of what it keeps.
         backward_transient: ``{tp: bytes per sample}`` alive during backward on top of what forward kept.
+        backward_gradients: ``{tp: bytes}`` of the layer's own gradients that are there when the most is alive in
+            backward, whatever the number of samples.
         tp_degrees: Tensor-parallel degrees the layer can run with (its plan is known and divides).
         tp_forward_time: ``{tp: points}`` like ``forward_time``, of what one of ``tp`` ranks computes; where a degree is
             missing, a ``tp``-th of the whole layer.
@@ -46,6 +48,7 @@ class LayerProfile:
     boundary_bytes: float = 0.0
     forward_transient: Mapping[int, float] = field(default_factory=lambda: {1: 0.0})
     backward_transient: Mapping[int, float] = field(default_factory=lambda: {1: 0.0})
+    backward_gradients: Mapping[int, float] = field(default_factory=lambda: {1: 0.0})
     tp_degrees: tuple[int, ...] = (1,)
     trainable_fraction: float = 1.0
     tp_forward_time: Mapping[int, tuple[tuple[float, float], ...]] = field(default_factory=dict)
@@ -53,7 +56,7 @@ class LayerProfile:
     def __post_init__(self) -> None:
         points = tuple(sorted((float(n), float(t)) for n, t in self.forward_time))
         object.__setattr__(self, "forward_time", points)
-        for name in ("activation_bytes", "forward_transient", "backward_transient"):
+        for name in ("activation_bytes", "forward_transient", "backward_transient", "backward_gradients"):
             object.__setattr__(self, name, {int(k): float(v) for k, v in getattr(self, name).items()})
         times = {int(k): tuple(sorted((float(n), float(t)) for n, t in v)) for k, v in self.tp_forward_time.items()}
         object.__setattr__(self, "tp_forward_time", times)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 T = TypeVar("T")
 
@@ -61,6 +63,23 @@ def run_together(work: Callable[[], T | None], group: dist.ProcessGroup | None =
         if message is not None:
             raise RuntimeError(f"profiling failed on rank {rank}: {message}")
     return [outcome for outcome, _ in outcomes]
+
+
+@contextmanager
+def lone_mesh(device: torch.device, group: dist.ProcessGroup | None = None) -> Iterator[DeviceMesh | None]:
+    """A mesh of this process alone, to run distributed layers without communication; all processes call it together.
+
+    ``None`` without torch.distributed, and where the processes are not those of the default group.
+    """
+    _, size = rank_and_size()
+    if size == 1 or (group is not None and group is not dist.group.WORLD):
+        yield None
+        return
+    alone = init_device_mesh(device.type, (size, 1), mesh_dim_names=("each", "alone"))["alone"]
+    try:
+        yield alone
+    finally:
+        dist.destroy_process_group(alone.get_group())
 
 
 def is_busy(slots: float | None, device: torch.device, group: dist.ProcessGroup | None = None) -> bool:

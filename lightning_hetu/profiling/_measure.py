@@ -11,6 +11,7 @@ from statistics import median
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_hetu.planning.profile import LayerProfile
 from lightning_hetu.profiling._case import LayerCase, gradient_sink
@@ -69,6 +70,7 @@ def measure_layer(
     repeats: int,
     device: torch.device,
     tick: Callable[[str], None] = lambda text: None,
+    mesh: DeviceMesh | None = None,
 ) -> LayerProfile:
     """Profiles one layer.
 
@@ -82,6 +84,7 @@ def measure_layer(
         repeats: Timed runs per number.
         device: Where the layer and its samples are.
         tick: Called before every measurement with what it is.
+        mesh: A mesh of this process alone: tensor-parallel ranks are then timed with what DTensor adds.
 
     Raises:
         torch.OutOfMemoryError: If not even the smallest size fits.
@@ -113,11 +116,11 @@ def measure_layer(
     largest, ratio = _backward_ratio(case, [samples for samples, _ in points], repeats, device)
     tick(f"{case.name}, memory")
     profile = layer_profile(case, ascending(points), ratio, measure_memory(case, largest, device), largest)
-    return replace(profile, tp_forward_time=_tensor_parallel_times(case, [n for n, _ in points], repeats, device))
+    return replace(profile, tp_forward_time=_tensor_parallel_times(case, [n for n, _ in points], repeats, device, mesh))
 
 
 def _tensor_parallel_times(
-    case: LayerCase, sizes: Sequence[int], repeats: int, device: torch.device
+    case: LayerCase, sizes: Sequence[int], repeats: int, device: torch.device, mesh: DeviceMesh | None
 ) -> dict[int, tuple[tuple[float, float], ...]]:
     """Forward points of one rank at every tensor-parallel degree, at every other size."""
     times: dict[int, tuple[tuple[float, float], ...]] = {}
@@ -125,7 +128,7 @@ def _tensor_parallel_times(
         if tp == 1:
             continue
         try:
-            with one_of(case, tp):
+            with one_of(case, tp, mesh):
                 points = [(n, time_layer(case, n, repeats, device)[0]) for n in sizes[::-2][::-1]]
         except (ValueError, RuntimeError) as error:
             case.clear_gradients()
@@ -220,6 +223,7 @@ def layer_profile(
         boundary_bytes=case.boundary_bytes,
         forward_transient={tp: item.forward_extra / samples for tp, item in memory.items()},
         backward_transient={tp: item.backward_extra / samples for tp, item in memory.items()},
+        backward_gradients={tp: item.backward_gradients for tp, item in memory.items()},
         tp_degrees=case.tp_degrees,
         trainable_fraction=trained / total if total else 1.0,
     )

@@ -32,11 +32,13 @@ class LayerMemory:
             next) does, so that a sum over layers counts every tensor between two of them once.
         forward_extra: Most bytes alive during forward, input and output included, beyond ``kept``.
         backward_extra: Most bytes alive during backward, gradients of input and output included, beyond ``kept``.
+        backward_gradients: Gradients of parameters alive at that moment.
     """
 
     kept: float
     forward_extra: float
     backward_extra: float
+    backward_gradients: float = 0.0
 
 
 class StorageTracker(TorchDispatchMode):
@@ -163,13 +165,16 @@ def trace_memory(case: LayerCase, samples: int) -> dict[int, LayerMemory]:
         gradients = {tracker.identity(p.grad) for p in case.module.parameters() if p.grad is not None}
         end = tracker.now
     exclude = {index for index in gradients if index is not None}
+    others = set(range(len(tracker.nbytes))) - exclude
     del loss
     case.clear_gradients()
     memory = {}
     for tp in case.tp_degrees:
         live = tracker.curve(tp, exclude, 0, end)
         kept = live[middle]
-        memory[tp] = LayerMemory(kept, max(live[: middle + 1]) - kept, max(live[middle:]) - kept)
+        fullest = max(range(middle, len(live)), key=live.__getitem__)
+        there = tracker.curve(tp, others, 0, end)[fullest]
+        memory[tp] = LayerMemory(kept, max(live[: middle + 1]) - kept, live[fullest] - kept, there)
     return memory
 
 

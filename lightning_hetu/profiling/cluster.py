@@ -17,11 +17,10 @@ from statistics import median
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from lightning_hetu.planning.cluster import ClusterSpec, Collective, CollectiveCost
-from lightning_hetu.profiling._agreement import broadcast, gather, rank_and_size
+from lightning_hetu.profiling._agreement import broadcast, gather, lone_mesh, rank_and_size
 from lightning_hetu.profiling._measure import Stopwatch, ascending
 from lightning_hetu.profiling.progress import ProgressCallback
 
@@ -274,7 +273,6 @@ def _layer_overhead(rank: int, world: int, slots: float, device: torch.device) -
     """
     if device.type != "cpu" or world == 1:
         return 0.0
-    alone = init_device_mesh(device.type, (world, 1), mesh_dim_names=("each", "alone"))["alone"]
     layers, width, repeats = 8, 16, 12
     samples = torch.zeros(1, width, device=device)
 
@@ -294,13 +292,14 @@ def _layer_overhead(rank: int, world: int, slots: float, device: torch.device) -
     # As many processes at a time as have a core for themselves; the others wait.
     measured = 0.0
     model = build()
-    for layer in model:
-        fully_shard(layer, mesh=alone)
-    fully_shard(model, mesh=alone)
-    dist.barrier()
-    if rank < max(1, int(slots)):
-        measured = max(seconds(model) - seconds(build()), 0.0)
-    dist.barrier()
+    with lone_mesh(device) as alone:
+        for layer in model:
+            fully_shard(layer, mesh=alone)
+        fully_shard(model, mesh=alone)
+        dist.barrier()
+        if rank < max(1, int(slots)):
+            measured = max(seconds(model) - seconds(build()), 0.0)
+        dist.barrier()
     return max(gather(measured))
 
 

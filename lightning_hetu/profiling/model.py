@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_hetu.parallel.structure import ModelStructure
 from lightning_hetu.planning.profile import LayerProfile, ModelProfile, Precision
-from lightning_hetu.profiling._agreement import gather, is_busy, run_together
+from lightning_hetu.profiling._agreement import gather, is_busy, lone_mesh, run_together
 from lightning_hetu.profiling._isolation import AutocastFactory, autocast_factory, untouched
 from lightning_hetu.profiling._measure import measure_layer
 from lightning_hetu.profiling._parts import ModelParts, place, to_device
@@ -95,7 +95,7 @@ def profile_model(
                 inputs.to(device),
                 to_device(target, device),
                 lambda part: place(part, device),
-                lambda case: measure_layer(case, sizes, repeats=repeats, device=device, tick=tick),
+                lambda case: measure_layer(case, sizes, repeats=repeats, device=device, tick=tick, mesh=mesh),
             )
         return ModelProfile(
             layer_types=types,
@@ -109,7 +109,8 @@ def profile_model(
             name=type(module).__name__,
         )
 
-    return profile_together(work, group)
+    with lone_mesh(device, group) as mesh:
+        return profile_together(work, group)
 
 
 class Ticker:

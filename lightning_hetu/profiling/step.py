@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from lightning_hetu.parallel.structure import ModelStructure, tensor_parallel_degrees, tensor_parallel_plan
 from lightning_hetu.planning.profile import LayerProfile, ModelProfile, Precision
-from lightning_hetu.profiling._agreement import is_busy
+from lightning_hetu.profiling._agreement import is_busy, lone_mesh
 from lightning_hetu.profiling._case import LayerCase, tensor_bytes
 from lightning_hetu.profiling._isolation import AutocastFactory, autocast_factory, untouched
 from lightning_hetu.profiling._layers import group_layers
@@ -98,7 +98,7 @@ def profile_step(
                 case = _block_case(module, structure.blocks[index], call, samples, make_autocast, max_tp)
                 if len(first) > 1:
                     case = replace(case, name=f"{case.name}-{kind}")
-                profile = measure_layer(case, sizes, repeats=repeats, device=device, tick=tick)
+                profile = measure_layer(case, sizes, repeats=repeats, device=device, tick=tick, mesh=mesh)
                 in_place = median(times.blocks[block] for block, of in enumerate(layers) if of == kind)
                 types.append(_scaled(profile, in_place, samples))
             types = _within(types, layers, times.backward, samples)
@@ -123,7 +123,8 @@ def profile_step(
             name=type(module).__name__,
         )
 
-    return profile_together(work, group)
+    with lone_mesh(device, group) as mesh:
+        return profile_together(work, group)
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,24 @@ def test_only_replicated_layers_accumulate_full_gradients() -> None:
         assert found == list(sizes)
 
 
+def test_buffers_of_reductions_linger_over_the_next_backward() -> None:
+    """A row that reduces leaves a buffer of its size to the next one's backward, which has gradients of its own."""
+    layer = LayerProfile("block", 8 * MIB, activation_bytes={1: 40 * MIB}, boundary_bytes=MIB)
+    made = replace(layer, backward_gradients={1: 2 * MIB})
+    bare = HetuConstants(zero3_forward_gather=0, zero2_forward_gather=0, zero3_backward_gather=0)
+    for strategy, microbatches, extra in (("dp4-zero3", 2, 10), ("dp4-zero2", 1, 10), ("dp4-ddp", 2, 8)):
+        plan = HybridPlan.uniform(strategy, num_layers=4, global_batch_size=8, num_microbatches=microbatches)
+        # The gradients of a ddp row are there since the first microbatch.
+        peaks = [
+            memory_breakdown(plan, blocks(profile, 4), cluster(), constants=constants)["transient"] / MIB
+            for profile, constants in ((made, bare), (layer, replace(bare, lingering_reduce=0.0)))
+        ]
+        assert peaks[0] - peaks[1] == extra, strategy
+    # In a pipeline a ddp row reduces when the other microbatches are gone.
+    plan = HybridPlan.uniform("dp2-ddp", num_layers=4, global_batch_size=16, num_microbatches=4, stages=2)
+    assert memory_breakdown(plan, blocks(made, 4), cluster(), 0)["transient"] == 0
+
+
 def ring(rounds: int, size: int, num_bytes: float) -> float:
     """A ring collective over the test's links."""
     return rounds * (size - 1) * (LATENCY + num_bytes / size / BANDWIDTH)

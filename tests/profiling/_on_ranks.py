@@ -23,7 +23,10 @@ from lightning_hetu.parallel.structure import find_structure
 from lightning_hetu.parallel.tensor import apply_tensor_parallel
 from lightning_hetu.planning.cluster import ClusterSpec
 from lightning_hetu.profiling import MemoryMeter, ProfileCache, cluster_key, profile_cluster, profile_model
+from lightning_hetu.profiling._agreement import lone_mesh
 from lightning_hetu.profiling._case import LayerCase
+from lightning_hetu.profiling._measure import time_layer
+from lightning_hetu.profiling._tensor_parallel import one_of
 
 CONFIG = GPTConfig(vocab_size=512, max_seq_len=64, num_layers=2, num_heads=4, dim=64)
 SAMPLES = 4
@@ -179,3 +182,24 @@ def use_cache(rank: int, folder: str) -> dict[str, Any]:
         "message": message,
         "files": len(list(Path(cache.folder).glob("*"))),
     }
+
+
+def time_one_rank(rank: int) -> dict[str, tuple[bool, float, float]]:
+    """Per part: whether it is as before afterwards, and its time as one of two ranks, on DTensors and without."""
+    found = {}
+    device = torch.device("cpu")
+    with lone_mesh(device) as mesh:
+        for role in ("block", "embedding", "head"):
+            case = gpt_part(role)
+            before = {name: (id(p), p.detach().clone()) for name, p in case.module.named_parameters()}
+            output = case.call(case.arguments).detach()
+            times = []
+            for on, tp in ((mesh, 2), (None, 2), (mesh, 4)):
+                with one_of(case, tp, on):
+                    assert torch.isfinite(case.call(case.arguments)).all()
+                    times.append(time_layer(case, 2, 3, device, with_backward=True))
+            same = torch.equal(case.call(case.arguments), output)
+            for name, parameter in case.module.named_parameters():
+                same &= id(parameter) == before[name][0] and torch.equal(parameter, before[name][1])
+            found[role] = (same, sum(times[0]), sum(times[1]))
+    return found

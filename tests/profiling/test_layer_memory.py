@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from lightning_hetu.profiling import MemoryMeter
 from lightning_hetu.profiling._case import LayerCase
 from lightning_hetu.profiling._tracker import split_parameters, trace_memory
 from tests.profiling._on_ranks import gpt_part, metered
@@ -50,7 +51,14 @@ def test_equals_the_allocator(role: str) -> None:
     assert memory.kept == pytest.approx(kept, abs=64)
     assert memory.forward_extra == pytest.approx(forward - kept, abs=64)
     # The allocator also sees the newest gradient of a parameter before it is added to the one that is there.
-    assert backward - largest_gradient(case.module) - 64 <= memory.backward_extra <= backward + 64
+    largest = largest_gradient(case.module)
+    assert backward - largest - 64 <= memory.backward_extra <= backward + 64
+    case.clear_gradients()
+    loss = case.forward(case.batch)
+    with MemoryMeter() as meter:
+        loss.backward()
+    expected = memory.backward_extra + memory.backward_gradients
+    assert expected - 64 <= meter.peak <= expected + largest + 64
 
 
 def test_tensors_between_layers_are_counted_by_the_layer_that_keeps_them() -> None:

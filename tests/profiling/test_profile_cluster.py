@@ -82,6 +82,12 @@ def test_memory_under_tensor_parallelism_is_that_of_a_real_run(ranks: RankPool) 
         assert 0.95 * (backward - newest) <= memory.backward_extra <= 1.05 * backward, role
 
 
+def test_one_tensor_parallel_rank_runs_on_dtensors_alone(ranks: RankPool) -> None:
+    for found in ranks.run(_on_ranks.time_one_rank):
+        for role, (restored, distributed, plain) in found.items():
+            assert restored and distributed > 0 and plain > 0, role
+
+
 def test_meter_sees_the_buffers_of_sharding(ranks: RankPool) -> None:
     layer = (64 * 64 + 64) * 4
     for kept, peak, gradients in ranks.run(_on_ranks.meter_sharded_step):
