@@ -8,10 +8,14 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import sys
+import sysconfig
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 from jsonargparse import auto_cli
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -22,11 +26,23 @@ import lightning_hetu
 from lightning_hetu.parallel.checkpoint import consolidate
 from lightning_hetu.strategies.auto import AutoHybridParallelStrategy
 
+_DESCRIPTION = """Trains and runs a LightningModule under an automatically planned mix of parallelism. One more command
+needs no configuration: lightning-hetu consolidate FOLDER FILE writes a checkpoint folder as one file for a plain
+Trainer."""
+_PATIENCE = 3.0
+_REFUSED_OPTION = re.compile(r"^\s*- (\w+=.*: expected .*)$", re.MULTILINE)
 _LOST_RANK = re.compile(r"connection (was )?(closed|reset)|broken pipe|socket timeout|timed out waiting", re.IGNORECASE)
 
 
 class HetuTrainer(Trainer):
     """A Trainer that can also stop once the plan is known."""
+
+    current: HetuTrainer | None = None
+    """The one of this process."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        HetuTrainer.current = self
 
     def plan(
         self, model: LightningModule, datamodule: LightningDataModule | None = None, out: str | None = None
@@ -96,6 +112,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
         auto_cli(consolidate_command, args=words[1:], as_positional=True)
         return
     HetuCLI(
+        parser_kwargs={"description": _DESCRIPTION},
         subclass_mode_model=True,
         subclass_mode_data=True,
         model_class=LightningModule,
@@ -118,11 +135,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         line = one_line(error)
         if line is None:
             raise
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0 or is_lost_rank(error):
-            sys.stderr.write(f"error: {line}\n")
-            sys.stderr.flush()
-        # not sys.exit: threads of a broken process group may hang while Python shuts down
-        os._exit(1)
+        _end_with(line)
+
+
+def _end_with(line: str) -> NoReturn:
+    """Ends all processes of this host with one line for all of them."""
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    launcher = HetuTrainer.current.strategy.launcher if HetuTrainer.current is not None else None
+    if rank == 0 and launcher is not None:
+        launcher.kill(signal.SIGKILL)
+    elif rank > 0:
+        # The first process ends this one if it has the same to say.
+        time.sleep(_PATIENCE)
+        line = f"process {rank}: {line}"
+    sys.stderr.write(f"error: {line}\n")
+    sys.stderr.flush()
+    # not sys.exit: threads of a broken process group may hang while Python shuts down
+    os._exit(1)
 
 
 def one_line(error: BaseException) -> str | None:
@@ -131,12 +160,19 @@ def one_line(error: BaseException) -> str | None:
         return (
             "another process of this run has ended, so this one cannot go on. Resume with --ckpt_path and a checkpoint."
         )
-    frames = traceback.extract_tb(error.__traceback__)
-    package = str(Path(lightning_hetu.__file__).parent)
-    ours = bool(frames) and frames[-1].filename.startswith(package)
-    if ours and isinstance(error, ValueError | OSError):
-        return " ".join(str(error).split())
-    return None
+    package, standard = str(Path(lightning_hetu.__file__).parent), sysconfig.get_path("stdlib")
+    cause: BaseException | None = error
+    while cause is not None:
+        frames = [frame.filename for frame in traceback.extract_tb(cause.__traceback__)]
+        if isinstance(cause, OSError):  # a file we could not open fails inside of the standard library
+            frames = [name for name in frames if not name.startswith(standard) or "site-packages" in name]
+        ours = bool(frames) and frames[-1].startswith(package)
+        if ours and isinstance(cause, ValueError | OSError):
+            return " ".join(str(cause).split())
+        cause = cause.__cause__ or cause.__context__
+    # The parser tries every type an option may have, and reports what each says; a class of ours names the option.
+    refused = _REFUSED_OPTION.search(str(error))
+    return refused[1] if refused is not None else None
 
 
 def is_lost_rank(error: BaseException | None) -> bool:

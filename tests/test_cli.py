@@ -150,6 +150,19 @@ def test_budget_too_small(trained: Path) -> None:
     failed_with_one_line(result, "memory_budget", "100 KiB", "smallest")
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("trainer__strategy__init_args__memory_budget", "potatoes", ["memory_budget='potatoes'", "20GiB"]),
+        ("trainer__strategy__init_args__plan", "/nowhere/plan.json", ["/nowhere/plan.json"]),
+        ("data__init_args__path", "/nowhere/text", ["path='/nowhere/text'"]),
+    ],
+)
+def test_wrong_options(trained: Path, option: str, value: str, words: list[str]) -> None:
+    """An option that cannot be is one line for all processes, whichever of them found it."""
+    failed_with_one_line(command("fit", "--config", config(trained, **{option: value})), *words)
+
+
 def test_devices_do_not_match_the_plan(trained: Path) -> None:
     """A plan for another number of devices is refused."""
     plan = json.loads((trained / "runs" / "gpt_auto" / "version_0" / "plan.json").read_text(encoding="utf-8"))

@@ -246,6 +246,12 @@ def _relayout_from(
     def move(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.ndim == 0 or tensor.shape[0] not in rows:
             return tensor
+        if tensor.shape[0] in tensor.shape[1:]:
+            raise ValueError(
+                f"{name} works on a tensor of shape {list(tensor.shape)}, where more than one dimension may be the"
+                f" {tensor.shape[0]} samples of this rank, so its layers cannot have different data-parallel degrees."
+                " Use another batch size, or pin one, for example pins={'layers': 'dp4-zero3'}."
+            )
         return relayout(tensor, mesh, rows[tensor.shape[0]], target_dp)
 
     return torch.utils._pytree.tree_map_only(torch.Tensor, move, values)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,8 @@ def model_state(module: nn.Module) -> dict[str, Any]:
 
 def optimizer_state(module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     """This rank's shards of the optimizer state, one flat entry per parameter and quantity."""
+    if not any(group["params"] for group in optimizer.param_groups):
+        return {}  # a stage that trains nothing, which torch refuses
     return get_optimizer_state_dict(module, optimizer, options=_OPTIONS)
 
 
@@ -107,6 +110,12 @@ def load_folder(module: nn.Module, optimizers: Sequence[Optimizer], path: Path, 
     model = model_state(module)
     problem = None
     missing = sorted(key for key in model if f"state_dict.{key}" not in saved.state_dict_metadata)
+    unexpected = _unexpected(model, [key for key in saved.state_dict_metadata if key.startswith("state_dict.")])
+    if unexpected and strict:
+        problem = (
+            f"checkpoint {str(path)!r} has {unexpected[0]!r} ({len(unexpected)} of its entries are not in this model):"
+            " it was written for another model."
+        )
     if missing and strict:
         problem = (
             f"checkpoint {str(path)!r} has no {missing[0]!r} ({len(missing)} of {len(model)} entries of this model are"
@@ -127,7 +136,8 @@ def load_folder(module: nn.Module, optimizers: Sequence[Optimizer], path: Path, 
     dcp.load(state, checkpoint_id=str(path))
     set_model_state_dict(module, state["state_dict"], options=StateDictOptions(strict=strict and not missing))
     for index, optimizer in enumerate(optimizers):
-        set_optimizer_state_dict(module, optimizer, state[f"optimizer_{index}"], options=_OPTIONS)
+        if state[f"optimizer_{index}"]:
+            set_optimizer_state_dict(module, optimizer, state[f"optimizer_{index}"], options=_OPTIONS)
 
 
 def load_full(
@@ -153,6 +163,9 @@ def load_full(
     missing = sorted(set(own) - set(weights))
     wrong = [name for name, value in own.items() if name in weights and weights[name].shape != value.shape]
     problem = None
+    unexpected = _unexpected(own, list(weights))
+    if unexpected and strict:
+        problem = f"the checkpoint has {unexpected[0]!r} ({len(unexpected)} of its entries are not in this model)."
     if missing and strict:
         problem = f"the checkpoint has no {missing[0]!r} ({len(missing)} entries of this model are missing)."
     if wrong:
@@ -182,7 +195,8 @@ def load_full(
             identifiers = dict(zip(members, saved["params"], strict=True))
             state |= {name: plain["state"][identifiers[name]] for name in kept if identifiers[name] in plain["state"]}
         nested: dict[str, Any] = {"state": state, "param_groups": param_groups}
-        set_optimizer_state_dict(module, optimizer, nested, options=full)
+        if any(group["params"] for group in param_groups):
+            set_optimizer_state_dict(module, optimizer, nested, options=full)
 
 
 def check_folder(path: Path) -> Metadata:
@@ -222,13 +236,46 @@ def load_metadata(path: Path, weights_only: bool | None = None) -> dict[str, Any
     Raises:
         DamagedCheckpointError: If it cannot be read.
     """
-    try:
-        metadata: dict[str, Any] = torch.load(path / METADATA_FILE, map_location="cpu", weights_only=weights_only)
-    except (EOFError, RuntimeError, OSError) as error:
-        raise DamagedCheckpointError(
-            f"checkpoint {str(path)!r}: {METADATA_FILE!r} is damaged: use an earlier checkpoint."
-        ) from error
+    metadata = load_file(path / METADATA_FILE, weights_only)
+    if not isinstance(metadata, dict):
+        raise DamagedCheckpointError(f"checkpoint {str(path)!r}: {METADATA_FILE!r} holds a {type(metadata).__name__}.")
     return metadata
+
+
+def load_file(path: Path, weights_only: bool | None = None) -> Any:
+    """What ``torch.save`` wrote to one file.
+
+    Raises:
+        DamagedCheckpointError: If it cannot be read.
+        ValueError: If it holds objects that ``weights_only`` does not allow.
+    """
+    damaged = f"checkpoint file {str(path)!r} cannot be read: it is damaged, or no checkpoint. Use an earlier one."
+    if not zipfile.is_zipfile(path):
+        raise DamagedCheckpointError(damaged)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=weights_only)
+    except pickle.UnpicklingError as error:
+        if "weights_only" not in str(error) and "Weights only" not in str(error):
+            raise DamagedCheckpointError(damaged) from error
+        raise ValueError(
+            f"checkpoint file {str(path)!r} holds other objects than tensors and plain values. If you trust it, load it"
+            " with weights_only=False."
+        ) from error
+    except (EOFError, RuntimeError, OSError, KeyError, zipfile.BadZipFile) as error:
+        raise DamagedCheckpointError(damaged) from error
+
+
+def check_content(checkpoint: Any, path: Path) -> None:
+    """Refuses a file that is no Lightning checkpoint.
+
+    Raises:
+        ValueError: It names what is missing.
+    """
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), Mapping):
+        found = f"keys {', '.join(map(str, list(checkpoint)[:5]))}" if isinstance(checkpoint, dict) else "no mapping"
+        raise ValueError(
+            f"checkpoint file {str(path)!r} has no 'state_dict' ({found}): expected what a Trainer has saved."
+        )
 
 
 def consolidate(folder: str | Path, file: str | Path) -> Path:
@@ -339,6 +386,14 @@ def _flatten(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
         else:
             out[f"{prefix}{key}"] = value
     return out
+
+
+def _unexpected(own: Mapping[str, Any], saved: Sequence[str]) -> list[str]:
+    """Entries that no rank has."""
+    everywhere: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everywhere, list(own))
+    known = {name for names in everywhere for name in names}
+    return sorted(name for name in (key.removeprefix("state_dict.") for key in saved) if name not in known)
 
 
 def _differs(value: Any, saved: Metadata, key: str) -> bool:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler
 
 from lightning_hetu.parallel.batch import (
     evaluation_microbatches,
@@ -161,6 +161,32 @@ def batch_samples(batch: Any) -> int:
         if isinstance(leaf, torch.Tensor) and leaf.ndim:
             return int(leaf.shape[0])
     raise ValueError(f"a batch of type {type(batch).__name__} holds no tensor to tell its number of samples from.")
+
+
+def check_training_batches(loader: Any, plan: HybridPlan, steps: int | None) -> int | None:
+    """Refuses batches that the plan cannot cut before the first step, rather than at the end of an epoch.
+
+    Args:
+        loader: The user's training loader; one that does not tell its batch sizes is not checked.
+        plan: The plan.
+        steps: Batches that will be trained at most; ``None`` for all.
+
+    Returns:
+        Samples in a full batch, if there is one.
+
+    Raises:
+        ValueError: If a batch that will be reached does not divide.
+    """
+    sampler = getattr(loader, "batch_sampler", None)
+    if not isinstance(sampler, BatchSampler) or not isinstance(sampler.sampler, Sized):
+        return None
+    samples = len(sampler.sampler)
+    if samples >= sampler.batch_size:
+        training_microbatches(plan, sampler.batch_size)
+    last = samples % sampler.batch_size
+    if last and not sampler.drop_last and (steps is None or steps > samples // sampler.batch_size):
+        training_microbatches(plan, last)
+    return sampler.batch_size if samples >= sampler.batch_size else None
 
 
 def shard_dataloader(loader: Any, select: RowSelector, synchronize: Callable[[Any], Any]) -> Any:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -13,6 +14,11 @@ from lightning_hetu.planning.layer_strategy import LayerStrategy
 
 Schedule = Literal["1f1b", "gpipe"]
 FORMAT_VERSION = 1
+
+
+def _check_numbers(name: str, values: Any) -> None:
+    if not isinstance(values, tuple) or any(isinstance(v, bool) or not isinstance(v, Real) for v in values):
+        raise ValueError(f"{name}={values!r}: expected {'numbers' if isinstance(values, tuple) else 'a list'}")
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,12 @@ class PlanPrediction:
     layer_memory: tuple[int, ...] = ()
     cost_model: str = "hetu"
 
+    def __post_init__(self) -> None:
+        _check_numbers("prediction.iteration_time", (self.iteration_time,))
+        _check_numbers("prediction.memory_budget", () if self.memory_budget is None else (self.memory_budget,))
+        for name in ("stage_times", "stage_memory", "layer_times", "layer_memory"):
+            _check_numbers(f"prediction.{name}", getattr(self, name))
+
 
 @dataclass(frozen=True)
 class RejectedPlan:
@@ -53,6 +65,11 @@ class RejectedPlan:
     reason: str
     iteration_time: float | None = None
     memory: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("iteration_time", "memory"):
+            value = getattr(self, name)
+            _check_numbers(f"rejected.{name}", () if value is None else (value,))
 
 
 @dataclass(frozen=True)
@@ -94,6 +111,12 @@ class HybridPlan:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"plan.{name}={value!r}: expected an integer of at least 1.")
+        if self.prediction is not None:
+            for name, count in (("stage", len(self.stages)), ("layer", len(self.layers) + 2)):
+                for quantity in ("times", "memory"):
+                    found = len(getattr(self.prediction, f"{name}_{quantity}"))
+                    if found != count and (found or name == "stage"):
+                        raise ValueError(f"plan.prediction.{name}_{quantity} has {found} entries: expected {count}.")
         if self.schedule not in get_args(Schedule):
             raise ValueError(f"plan.schedule={self.schedule!r}: expected one of {', '.join(get_args(Schedule))}.")
         if not self.stages or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in self.stages):

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 from lightning_hetu.planning.alternatives import rejected_alternatives
 from lightning_hetu.planning.cluster import ClusterSpec
 from lightning_hetu.planning.cost_model import CATEGORIES, CostModel, predict, stage_report
+from lightning_hetu.planning.enumeration import powers_of_two
 from lightning_hetu.planning.errors import NoFeasiblePlanError
 from lightning_hetu.planning.galvatron_cost import GalvatronCostModel
 from lightning_hetu.planning.galvatron_files import GalvatronProfile
@@ -294,9 +295,16 @@ def _smallest_budget(settings: list[SettingSearch]) -> int:
 
 def _impossible(model: CostModel, batch: int | None, pins: Pins) -> str:
     """One line on why there is no setting at all."""
-    given = ", ".join(f"{name}={value}" for name, value in vars(pins).items() if value is not None) or "no pins"
+    counts = [pins.pipeline_parallel_size] if pins.pipeline_parallel_size else powers_of_two(model.num_devices)
+    sizes = [model.num_devices // count for count in counts]
+    for name, strategy in pins.pinned_strategies().items():
+        if strategy.num_devices not in sizes:
+            return (
+                f"{name}={strategy} takes {strategy.num_devices} devices of a stage, but a stage of"
+                f" {model.num_devices} devices has {' or '.join(map(str, sizes))}."
+            )
     return (
-        f"global_batch_size={batch}: no plan divides it over {model.num_devices} devices with {given}; it must be"
+        f"global_batch_size={batch}: no plan divides it over {model.num_devices} devices with {pins}; it must be"
         " divisible by num_microbatches times the data-parallel degree of every layer, and embedding and head cannot"
         " have degrees of tensor parallelism that were not profiled."
     )

@@ -132,6 +132,24 @@ class Pins:
                     continue
                 yield Setting(model.num_devices, global_batch_size, microbatches, stages, schedule)
 
+    def pinned_strategies(self) -> dict[str, LayerStrategy]:
+        """The rows that are pinned, by the name of the field, blocks with an index; equal blocks once."""
+        found: dict[str, LayerStrategy] = {}
+        for index, strategy in enumerate(self.layers or ()):
+            if strategy is not None and strategy not in found.values():
+                found[f"layers[{index}]"] = strategy
+        for name in ("embedding", "head"):
+            if getattr(self, name) is not None:
+                found[name] = getattr(self, name)
+        return found
+
+    def __str__(self) -> str:
+        shown = {**vars(self), "layers": None, "embedding": None, "head": None}
+        parts = [f"{name}={value}" for name, value in shown.items() if value is not None]
+        return (
+            ", ".join([*parts, *(f"{name}={value}" for name, value in self.pinned_strategies().items())]) or "no pins"
+        )
+
     def _stage_counts(self, model: CostModel) -> list[int]:
         if self.pipeline_parallel_size is not None:
             count = self.pipeline_parallel_size

@@ -4,7 +4,7 @@ from lightning_hetu.profiling.cache import CorruptProfileError, ProfileCache, cl
 from lightning_hetu.profiling.cluster import profile_cluster
 from lightning_hetu.profiling.estimate import estimate_model
 from lightning_hetu.profiling.memory import MemoryMeter
-from lightning_hetu.profiling.model import profile_model
+from lightning_hetu.profiling.model import optimizer_state_bytes, profile_model
 from lightning_hetu.profiling.progress import ProgressBar, ProgressCallback
 from lightning_hetu.profiling.step import profile_step
 
@@ -18,6 +18,7 @@ __all__ = [
     "estimate_model",
     "model_key",
     "profile_cluster",
+    "optimizer_state_bytes",
     "profile_model",
     "profile_step",
 ]

@@ -51,6 +51,7 @@ class MemoryMeter:
         self.peak = 0
         self.kept = 0
         self._profile: Any = None
+        self._log_level = 0
         self._start = 0
         self._freed: list[tuple[int, int, int]] = []
         self._watches: list[weakref.finalize[..., Any]] = []
@@ -72,6 +73,7 @@ class MemoryMeter:
         self._watches = _watch({storage._cdata: storage for storage in storages}, self._note_free)
         storages.clear()
         _count_in_all_threads()
+        self._log_level = _set_log_level(2)
         self._profile = _start_recording()
         return self
 
@@ -84,6 +86,7 @@ class MemoryMeter:
             self.kept = torch.cuda.memory_allocated(self.device) - self._start
             return
         events = _stop_recording(self._profile)
+        _set_log_level(self._log_level)
         self._profile = None
         for watch in self._watches:
             watch.detach()
@@ -135,13 +138,33 @@ def _count_in_all_threads() -> None:
     The worker threads of the collectives are often the last to hold a buffer. Switched off again, the allocator would
     mistake new blocks for those it has not seen freed, so it stays on.
     """
-    library = Path(torch.__file__).parent / "lib" / "libc10.so"
-    try:
-        flag = ctypes.c_bool.in_dll(ctypes.CDLL(str(library)), "FLAGS_caffe2_report_cpu_memory_usage")
-    except (OSError, ValueError):
+    flag = _torch_flag("FLAGS_caffe2_report_cpu_memory_usage", ctypes.c_bool)
+    if flag is None:
         _log.warning("MemoryMeter: this torch cannot count what other threads free, peaks may come out too large.")
         return
     flag.value = True
+
+
+def _torch_flag(name: str, kind: Any) -> Any:
+    """A global setting of torch's C++ part; ``None`` if this torch has none of that name."""
+    library = Path(torch.__file__).parent / "lib" / "libc10.so"
+    try:
+        return kind.in_dll(ctypes.CDLL(str(library)), name)
+    except (OSError, ValueError):
+        return None
+
+
+def _set_log_level(level: int) -> int:
+    """Sets what torch's C++ part writes to the error stream (1: warnings, 2: errors); returns what it was.
+
+    The allocator warns of every thousandth release of a block from before the start. They are accounted for here.
+    """
+    flag = _torch_flag("FLAGS_caffe2_log_level", ctypes.c_int)
+    if flag is None:
+        return level
+    before = int(flag.value)
+    flag.value = level
+    return before
 
 
 def _start_recording() -> Any:

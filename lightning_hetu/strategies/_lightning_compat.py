@@ -12,11 +12,13 @@ from typing import Any, NoReturn
 import torch
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.exceptions import SIGTERMException, _TunerExitException
 from lightning.pytorch.utilities.seed import isolate_rng
 from torchmetrics import Metric
@@ -63,7 +65,7 @@ class SigtermWatch:
         self.device = device
         self.connector = trainer._signal_connector
         self.noted = False
-        self.connector._sigterm_notifier_fn = self._note  # type: ignore[method-assign]
+        self.connector._sigterm_notifier_fn = self._note  # type: ignore[assignment,method-assign]
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = self.agree  # type: ignore[method-assign]
         restore_handlers = _SignalConnector.teardown
 
@@ -86,11 +88,16 @@ class SigtermWatch:
             self.connector.received_sigterm = True
             raise SIGTERMException(128 + signal.SIGTERM)
 
-    def _note(self, signum: int, frame: Any) -> None:
+    def _note(self, signum: int, _: Any) -> None:
         launcher = self.connector.trainer.strategy.launcher
         if not self.noted and launcher is not None:
             launcher.kill(signum)
         self.noted = True
+
+
+def configure_optimizers(module: LightningModule) -> tuple[list[torch.optim.Optimizer], list[Any]]:
+    """Optimizers and scheduler configurations of the module, checked by Lightning."""
+    return _init_optimizers_and_lr_schedulers(module)
 
 
 def forget_dataloaders(trainer: Trainer) -> None:
@@ -129,6 +136,17 @@ def train_dataloader(trainer: Trainer) -> Any:
     """The training loader as the user wrote it, built without disturbing the random state."""
     with isolate_rng():
         return trainer.fit_loop._data_source.dataloader()
+
+
+def combined(loaders: Any) -> Iterator[Any]:
+    """Batches of several loaders side by side, as a training step is given them."""
+    pairs: Iterator[Any] = iter(CombinedLoader(loaders, "max_size_cycle"))
+    return (batch for batch, _, _ in pairs)
+
+
+def steps_to_come(trainer: Trainer) -> int | None:
+    """Training batches that ``max_steps`` allows; ``None`` if it does not limit them."""
+    return None if trainer.max_steps < 0 else trainer.max_steps * trainer.accumulate_grad_batches
 
 
 def is_fitting(trainer: Trainer) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -24,6 +25,7 @@ from lightning_hetu.profiling import (
     ProgressBar,
     cluster_key,
     model_key,
+    optimizer_state_bytes,
     profile_cluster,
     profile_model,
     profile_step,
@@ -92,14 +94,32 @@ class _Capture:
 
 
 def example_batch(trainer: Trainer) -> Any:
-    """The first batch of the training loader, a global batch, drawn without changing the random state."""
+    """The first batch of the training loader, a global batch, drawn without changing the random state.
+
+    Raises:
+        ValueError: If there is none.
+    """
     loader = compat.train_dataloader(trainer)
+    if isinstance(loader, Mapping | list | tuple):
+        loader = compat.combined(loader)
+    source = loader.dataset if isinstance(loader, DataLoader) else loader
+    if isinstance(source, Iterator):
+        rank_zero_warn(
+            f"the training data is a {type(source).__name__}, which can be gone through only once: planning takes its"
+            " first batch. Give plan='<file>' to keep it, or data that can be iterated again."
+        )
     with isolate_rng():
         if isinstance(loader, DataLoader) and loader.num_workers > 0 and loader.batch_sampler is not None:
             # one batch is not worth starting workers for
-            rows = next(iter(loader.batch_sampler))
-            return loader.collate_fn([loader.dataset[row] for row in rows])
-        return next(iter(loader))
+            rows = next(iter(loader.batch_sampler), None)
+            return _some(None if rows is None else loader.collate_fn([loader.dataset[row] for row in rows]))
+        return _some(next(iter(loader), None))
+
+
+def _some(batch: Any) -> Any:
+    if batch is None:
+        raise ValueError("the training dataloader yields no batch: there is nothing to plan for and to train on.")
+    return batch
 
 
 def pipeline_example(module: LightningModule, batch: Any) -> tuple[Tensor, Any]:
@@ -134,6 +154,7 @@ def make_profiles(
     samples = batch_samples(batch)
     precision = cast(Precision, strategy.precision_plugin.precision)
     sizes = [size for size in _BATCH_SIZES if size <= samples] or [samples]
+    optimizers = strategy.configured_optimizers
     options: dict[str, Any] = {
         "precision": precision,
         "device": device,
@@ -141,7 +162,8 @@ def make_profiles(
         "batch_sizes": sizes,
     }
     with ProgressBar("profiling model") as bar, compat.silent_logging(module):
-        measured = {**options, "slots": cluster.slots, "progress": bar}
+        optimizer = optimizers[0] if optimizers else None
+        measured = {**options, "slots": cluster.slots, "optimizer": optimizer, "progress": bar}
         if structure.pipeline:
             inputs, target = pipeline_example(module, batch)
             example: Any = (inputs, target)
@@ -151,7 +173,14 @@ def make_profiles(
             measure_model = partial(profile_step, module, structure, partial(_loss, module), batch, **measured)
         if cache is None:
             return measure_model(), cluster, samples
-        key = model_key(module, structure, example, slots=cluster.slots, **options)
+        key = model_key(
+            module,
+            structure,
+            example,
+            slots=cluster.slots,
+            optimizer_states=optimizer_state_bytes(optimizer),
+            **options,
+        )
         return cache.model(key, measure_model), cluster, samples
 
 
@@ -167,6 +196,11 @@ def make_plan(
         return request.plan
     if str(request.plan) != "auto":
         return HybridPlan.load(request.plan)
+    if not strategy.cuts_batches:
+        raise ValueError(
+            "use_distributed_sampler=False with plan='auto': a loader then yields the rows of one rank, and they depend"
+            " on the plan. Leave it True and let batch_size be the global batch, or give a plan."
+        )
     profile, cluster, samples = make_profiles(request, trainer, module, structure, strategy)
     budget = request.memory_budget
     if budget is None:

@@ -33,9 +33,10 @@ from lightning_hetu.parallel.build import (
     check_plan_fits_model,
     synchronize_initial_state,
 )
-from lightning_hetu.parallel.data import RowSelector, shard_dataloader
+from lightning_hetu.parallel.data import RowSelector, check_training_batches, shard_dataloader
 from lightning_hetu.parallel.executor import PipelineExecutor
 from lightning_hetu.parallel.mesh import PlanMesh
+from lightning_hetu.parallel.optimizers import GroupNames, can_rebind, parameter_names, rebind
 from lightning_hetu.parallel.pipeline_mixin import PipelineMixin
 from lightning_hetu.parallel.structure import ModelStructure, find_structure
 from lightning_hetu.planning.explain import diff
@@ -92,6 +93,8 @@ class AutoHybridParallelStrategy(ModelParallelStrategy):
         self._parallelized: LightningModule | None = None
         self._root: torch.nn.Module | None = None
         self._parameter_names: list[str] = []
+        self._optimizer_names: list[GroupNames] | None = None
+        self._configured: tuple[list[Optimizer], list[Any]] | None = None
         self._shard_loaders: bool | None = None
         self._evaluation_only: LightningModule | None = None
         self._optimizers_of: LightningModule | None = None
@@ -99,6 +102,16 @@ class AutoHybridParallelStrategy(ModelParallelStrategy):
         self.weights_only: bool | None = None
         self._stop_after: Literal["plan", "profile"] | None = None
         self._stop_file: str | None = None
+
+    @property
+    def cuts_batches(self) -> bool:
+        """Whether loaders yield global batches that are cut here; the opposite of ``use_distributed_sampler=False``."""
+        return bool(self._shard_loaders)
+
+    @property
+    def configured_optimizers(self) -> list[Optimizer]:
+        """What the module's ``configure_optimizers`` gave, while the plan is being made; empty in evaluation."""
+        return self._configured[0] if self._configured is not None else []
 
     def stop_after_plan(self, plan_file: str | None = None) -> None:
         """Makes the next ``fit`` end once the plan is shown; it is also written to ``plan_file``."""
@@ -162,6 +175,7 @@ class AutoHybridParallelStrategy(ModelParallelStrategy):
         check_parameters(self._structure, module)
         module.to(self.root_device)
         synchronize_initial_state(module)
+        self._configured = compat.configure_optimizers(module) if compat.is_fitting(trainer) else None
         # One random state for all ranks: tensor-parallel ranks must draw the same dropout masks. Profiling draws too.
         random_state = self.broadcast(torch.get_rng_state())
         if any(isinstance(child, torch.nn.modules.batchnorm._BatchNorm) for child in module.modules()):
@@ -185,14 +199,18 @@ class AutoHybridParallelStrategy(ModelParallelStrategy):
         else:
             plan = evaluation_plan(self._structure, self.world_size)
             self._evaluation_only = module
+            rank_zero_info(f"evaluation without a plan: parameters are sharded over all {self.world_size} devices")
         torch.set_rng_state(random_state)
         check_plan_fits_model(plan, self._structure, module)
         self.plan = plan
         self._plan_mesh = PlanMesh(plan, self.root_device.type)
-        rank_zero_info(plan.explain())
-        folder = trainer.log_dir or trainer.default_root_dir
-        if self.global_rank == 0:
-            plan.save(Path(folder) / ckpt.PLAN_FILE)
+        if self._evaluation_only is not module:
+            rank_zero_info(plan.explain())
+        folder = trainer.log_dir  # all ranks together: it communicates
+        if self.global_rank == 0 and compat.is_fitting(trainer):
+            # Not to the working directory, where it might be a file of the user's.
+            if trainer.loggers and folder is not None:
+                plan.save(Path(folder) / ckpt.PLAN_FILE)
             if self._stop_file is not None:
                 plan.save(self._stop_file)
         if self._stop_after == "plan":
@@ -201,6 +219,8 @@ class AutoHybridParallelStrategy(ModelParallelStrategy):
         compat.set_device_mesh(module, self._plan_mesh.root)
         self._device_mesh = self._plan_mesh.root
         self._parameter_names = [name for name, _ in module.named_parameters()]
+        optimizers = self.configured_optimizers
+        self._optimizer_names = parameter_names(optimizers, module)
         self.precision_plugin.convert_module(module)
         if self._structure.pipeline:
             stage = build_stage(module, self._structure, plan, self._plan_mesh)
@@ -211,8 +231,24 @@ class AutoHybridParallelStrategy(ModelParallelStrategy):
         else:
             self._root = build_module(module, self._structure, plan, self._plan_mesh)
             compat.synchronize_epoch_metrics(module)
+        if self._optimizer_names is None or not all(map(can_rebind, optimizers)):
+            # Such an optimizer must be configured again, with what this rank has.
+            self._configured = self._optimizer_names = None
+        else:
+            parameters = dict(module.named_parameters())
+            for optimizer, names in zip(optimizers, self._optimizer_names, strict=True):
+                rebind(optimizer, names, parameters)
         compat.forget_dataloaders(trainer)
         self._parallelized = self.lightning_module
+
+    @override
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        if self._configured is None:
+            self._optimizer_names = None
+            super().setup_optimizers(trainer)
+        else:
+            self.optimizers, self.lr_scheduler_configs = self._configured
+            self._configured = None
 
     def _check_optimizers(self) -> None:
         for optimizer in self.optimizers:
@@ -244,7 +280,15 @@ class AutoHybridParallelStrategy(ModelParallelStrategy):
         if not self._shard_loaders or self.plan is None or self._plan_mesh is None:
             return dataloader
         assert self.lightning_module is not None
-        training = compat.is_training_stage(self.lightning_module.trainer)
+        trainer = self.lightning_module.trainer
+        training = compat.is_training_stage(trainer)
+        if training and trainer.limit_train_batches == 1.0:
+            samples = check_training_batches(dataloader, self.plan, compat.steps_to_come(trainer))
+            if samples not in (None, self.plan.global_batch_size):
+                rank_zero_warn(
+                    f"the dataloader's batch_size is {samples}, but the plan is for a global batch of"
+                    f" {self.plan.global_batch_size}: what it predicts does not hold."
+                )
         selector = RowSelector(self.plan, self._plan_mesh, training=training)
         return shard_dataloader(dataloader, selector, self.broadcast)
 
@@ -338,9 +382,7 @@ class AutoHybridParallelStrategy(ModelParallelStrategy):
         optimizer_states = metadata.pop("optimizer_states", [])
         state.update({f"optimizer_{index}": value for index, value in enumerate(optimizer_states)})
         if optimizer_states:
-            metadata[ckpt.PARAMETER_GROUPS_KEY] = ckpt.parameter_groups(
-                self.lightning_module, self.optimizers, self._parameter_names
-            )
+            metadata[ckpt.PARAMETER_GROUPS_KEY] = self._parameter_groups()
         ckpt.save_folder(state, metadata, self.plan.to_json(), path)
 
     @override
@@ -352,23 +394,33 @@ class AutoHybridParallelStrategy(ModelParallelStrategy):
         if path.is_file():
             return self._load_file(path, weights_only, strict)
         ckpt.load_folder(self.lightning_module, self.optimizers, path, strict=strict)
-        plan_file = path / ckpt.PLAN_FILE
-        if plan_file.is_file() and self.plan is not None:
-            change = diff(HybridPlan.load(plan_file), self.plan)
-            if change:
-                rank_zero_info(f"replanned since the checkpoint was written: {change}")
+        self._tell_what_changed(path / ckpt.PLAN_FILE)
         return ckpt.load_metadata(path, weights_only)
 
-    def _load_file(self, path: Path, weights_only: bool | None, strict: bool) -> dict[str, Any]:
+    def _tell_what_changed(self, plan_file: Path) -> None:
+        if not plan_file.is_file() or self.plan is None:
+            return
         try:
-            checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=weights_only)
-        except (EOFError, RuntimeError) as error:
-            raise ckpt.DamagedCheckpointError(f"checkpoint {str(path)!r} cannot be read: it is damaged.") from error
+            before = HybridPlan.load(plan_file)
+        except ValueError as error:  # it is there to be read; loading does not depend on it
+            rank_zero_warn(f"the checkpoint does not tell under which plan it was written: {error}")
+        else:
+            rank_zero_info(f"since the checkpoint was written: {diff(before, self.plan)}")
+
+    def _load_file(self, path: Path, weights_only: bool | None, strict: bool) -> dict[str, Any]:
+        checkpoint: dict[str, Any] = ckpt.load_file(path, weights_only)
+        ckpt.check_content(checkpoint, path)
         assert self.lightning_module is not None
         optimizers = self.optimizers if checkpoint.get("optimizer_states") else []
-        names = ckpt.parameter_groups(self.lightning_module, optimizers, self._parameter_names)
+        names = self._parameter_groups() if optimizers else []
         ckpt.load_full(self.lightning_module, optimizers, checkpoint, names, strict=strict)
         return checkpoint
+
+    def _parameter_groups(self) -> list[GroupNames] | None:
+        if self._optimizer_names is not None:
+            return self._optimizer_names
+        assert self.lightning_module is not None
+        return ckpt.parameter_groups(self.lightning_module, self.optimizers, self._parameter_names)
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

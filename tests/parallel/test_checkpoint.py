@@ -106,6 +106,44 @@ def test_damage_is_named(
         assert all(word in message for word in words), message
 
 
+def test_files_that_are_no_checkpoint(saved: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """Garbage, other people's files and objects are each one line that says what to do."""
+    folder = tmp_path / "garbage.ckpt"
+    shutil.copytree(saved[0], folder)
+    (folder / "meta.pt").write_bytes(b"\x80\x02not a checkpoint")
+    with pytest.raises(ckpt.DamagedCheckpointError, match=r"meta.pt.*cannot be read"):
+        ckpt.load_metadata(folder)
+    (folder / "meta.pt").write_bytes((saved[0] / "meta.pt").read_bytes()[:-30])
+    with pytest.raises(ckpt.DamagedCheckpointError, match=r"meta.pt.*cannot be read"):
+        ckpt.consolidate(folder, tmp_path / "one.ckpt")
+    torch.save([1, 2], folder / "meta.pt")
+    with pytest.raises(ckpt.DamagedCheckpointError, match="holds a list"):
+        ckpt.load_metadata(folder)
+    torch.save({"callback": Path().stat()}, tmp_path / "objects.ckpt")
+    with pytest.raises(ValueError, match="weights_only=False") as error:
+        ckpt.load_file(tmp_path / "objects.ckpt", weights_only=True)
+    assert "\n" not in str(error.value)
+    for content, found in (({"weights": 1}, "keys weights"), ([1], "no mapping"), ({"state_dict": 3}, "state_dict")):
+        with pytest.raises(ValueError, match=f"has no 'state_dict' .*{found}"):
+            ckpt.check_content(content, Path("file.ckpt"))
+
+
+def load_a_smaller_model(rank: int, plan: HybridPlan, folder: str) -> str:
+    model, _ = build(plan, seed=7)
+    model.model.head = None  # on the ranks that have it
+    try:
+        ckpt.load_folder(model, [], Path(folder))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_entries_of_no_rank_are_refused(ranks: Any, saved: tuple[Path, dict[str, Any]]) -> None:
+    """A checkpoint with more in it than the model has names the first such entry; other stages' entries are none."""
+    for message in ranks(4).run(load_a_smaller_model, WIDE, str(saved[0])):
+        assert "'model.head." in message and "not in this model" in message
+
+
 def load_into_another_model(rank: int, folder: str) -> str:
     class Renamed(torch.nn.Module):
         def __init__(self) -> None:

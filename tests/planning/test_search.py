@@ -196,7 +196,8 @@ def test_type_and_degree_pins_hold_for_all_rows() -> None:
         ({"layers": ["dp8"]}, "layers: expected one strategy, or one entry per block \\(4\\), got 1"),
         ({"tp": "2"}, "tp='2': expected an integer"),
         ({"num_microbatches": 3}, "global_batch_size=16: no plan divides it .* num_microbatches=3"),
-        ({"layers": "dp3-tp2"}, "global_batch_size=16: no plan divides it"),
+        ({"layers": "dp3-tp2"}, "layers\\[0\\]=dp3-tp2-ddp takes 6 devices of a stage"),
+        ({"head": "dp4", "pipeline_parallel_size": 1}, "head=dp4-ddp takes 4 devices of a stage, but .* has 8"),
     ],
 )
 def test_wrong_pins_are_one_line_errors(pins: dict[str, object], message: str) -> None:

@@ -84,7 +84,47 @@ def gpt(**options: Any) -> GPTLightningModule:
     return GPTLightningModule(**{**sizes, "lr_schedule": "constant", **options})
 
 
-MODULES = {"gpt": gpt, "blocks": Blocks}
+class Grouped(GPTLightningModule):
+    """Picks parameters layer by layer, from every stage, the last layers first, and trains no embedding."""
+
+    def __init__(self, frozen: int = 0) -> None:
+        super().__init__(vocab_size=VOCABULARY, max_seq_len=LENGTH, num_layers=4, num_heads=4, dim=32)
+        self.model.embedding.requires_grad_(False)
+        for block in self.model.blocks[:frozen]:
+            block.requires_grad_(False)
+
+    def configure_optimizers(self) -> Any:
+        layers = [self.model.head, *reversed(self.model.blocks)]
+        parameters = [p for layer in layers for p in layer.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.1},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0, "lr": 5e-3},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=2e-3)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)]
+
+
+class Captured(Grouped):
+    """Its optimizer keeps parameters where nobody can exchange them."""
+
+    class Signs(torch.optim.SGD):
+        def __init__(self, parameters: Any) -> None:
+            self.kept = list(parameters)
+            super().__init__(self.kept, lr=1e-2)
+
+        def step(self, closure: Any = None) -> Any:
+            loss = closure() if closure is not None else None
+            with torch.no_grad():
+                for parameter in self.kept:
+                    if parameter.grad is not None:
+                        parameter.sub_(1e-3 * parameter.grad.sign())
+            return loss
+
+    def configure_optimizers(self) -> Any:
+        return self.Signs(p for p in self.parameters() if p.requires_grad)
+
+
+MODULES = {"gpt": gpt, "blocks": Blocks, "grouped": Grouped, "captured": Captured}
 
 
 def plan_of(text: str, world: int, stages: tuple[int, ...], microbatches: int = 1, batch: int = SAMPLES) -> HybridPlan:

@@ -36,6 +36,9 @@ def same(actual: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e
         (PIPELINE, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.05}),
         (FLAT, {"accumulate_grad_batches": 3, "gradient_clip_val": 0.05}),
         (DEEP, {"gradient_clip_val": 0.001, "gradient_clip_algorithm": "value"}),
+        (PIPELINE, {"module": "grouped", "gradient_clip_val": 0.05}),
+        (DEEP, {"module": "grouped", "module_options": {"frozen": 2}}),
+        (PIPELINE, {"module": "captured"}),
         (PLAIN_MIXED, {"module": "blocks", "gradient_clip_val": 0.05}),
         (PLAIN_DP, {"module": "blocks", "accumulate_grad_batches": 2, "gradient_clip_val": 0.05}),
     ],
@@ -44,6 +47,9 @@ def same(actual: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e
         "pipeline-accumulate-clip",
         "flat-accumulate-clip",
         "deep-clip-value",
+        "groups-of-all-stages",
+        "frozen-stages",
+        "optimizer-with-a-list",
         "plain",
         "plain-accumulate",
     ],
@@ -105,3 +111,17 @@ def test_resume_under_any_plan(ranks: Any, tmp_path: Any) -> None:
     on_one = train(0, str(tmp_path / "on-one"), None, options)
     assert len(back["losses"]) == 6
     assert back["losses"] == pytest.approx(on_one["losses"], rel=1e-5)
+
+
+def test_resume_with_groups_of_all_stages(ranks: Any, tmp_path: Any) -> None:
+    """Groups that take layers in another order than the model, and stages that train nothing, resume on one device."""
+    from lightning_hetu.parallel.checkpoint import consolidate
+
+    options = {"module": "grouped", "module_options": {"frozen": 2}, "evaluate": False, "shuffle": False}
+    many = ranks(4).run(train, str(tmp_path / "many"), DEEP, options)[0]
+    one_file = consolidate(tmp_path / "many" / "epoch=0.ckpt", tmp_path / "one.ckpt")
+    options["ckpt_path"] = str(one_file)
+    plain = train(0, str(tmp_path / "plain"), None, options)
+    again = ranks(4).run(train, str(tmp_path / "again"), DEEP, options)[0]
+    for resumed in (plain, again):
+        assert resumed["losses"] == pytest.approx(many["losses"][6:], rel=1e-5)

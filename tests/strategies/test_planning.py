@@ -23,6 +23,8 @@ def fit(rank: int, folder: str, kind: str, strategy: dict[str, Any], trainer: di
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     torch.manual_seed(rank)
     module = MODULES[kind]()
+    data = loader(**trainer.get("data", {}))
+    trainer = {key: value for key, value in trainer.items() if key != "data"}
     settings = {
         "accelerator": "cpu", "max_steps": 2, "logger": False, "enable_checkpointing": False,
         "enable_progress_bar": False, "enable_model_summary": False, "limit_val_batches": 0,
@@ -30,7 +32,7 @@ def fit(rank: int, folder: str, kind: str, strategy: dict[str, Any], trainer: di
     }  # fmt: skip
     try:
         auto = AutoHybridParallelStrategy(**strategy)
-        Trainer(devices=torch.distributed.get_world_size(), strategy=auto, **settings).fit(module, loader())
+        Trainer(devices=torch.distributed.get_world_size(), strategy=auto, **settings).fit(module, data)
     except (ValueError, OSError) as error:
         return f"{type(error).__name__}: {error}"
     return {"plan": auto.plan, "weights": whole(module)}
@@ -39,15 +41,17 @@ def fit(rank: int, folder: str, kind: str, strategy: dict[str, Any], trainer: di
 def test_auto_plans_a_module_with_pipeline_support(ranks: Any, tmp_path: Path) -> None:
     """All ranks run the same plan, found under the budget, and it is written beside the logs."""
     options = {"memory_budget": "64MiB", "profile_cache": str(tmp_path / "cache")}
-    results = ranks(4).run(fit, str(tmp_path), "gpt", options, {})
+    results = ranks(4).run(fit, str(tmp_path), "gpt", options, {"logger": True})
     plans = {result["plan"].to_json() for result in results}
     assert len(plans) == 1
     plan = results[0]["plan"]
     assert max(plan.prediction.stage_memory) <= 64 << 20 and plan.global_batch_size == 16
-    assert HybridPlan.load(tmp_path / "plan.json").layers == plan.layers
+    assert HybridPlan.load(tmp_path / "lightning_logs" / "version_0" / "plan.json").layers == plan.layers
     assert {path.name.split("-")[0] for path in (tmp_path / "cache").iterdir()} == {"model", "cluster"}
+    (tmp_path / "plan.json").write_text("mine", encoding="utf-8")
     again = ranks(4).run(fit, str(tmp_path), "gpt", options, {})[0]["plan"]
     assert again == plan, "from the cache: the same plan"
+    assert (tmp_path / "plan.json").read_text(encoding="utf-8") == "mine", "without a logger nothing is written"
 
 
 def test_auto_plans_any_module(ranks: Any, tmp_path: Path) -> None:
@@ -93,8 +97,56 @@ class Forgetful(GPTLightningModule):
         return next(self.parameters()).sum()
 
 
+class Small(GPTLightningModule):
+    def __init__(self) -> None:
+        super().__init__(vocab_size=32, max_seq_len=16, num_layers=4, num_heads=4, dim=32)
+
+
+class Loose(Small):
+    """Has a weight that belongs to no part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = torch.nn.Parameter(torch.ones(()))
+
+
+class Tied(Small):
+    """Shares the embedding's weight with the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model.head.linear.weight = self.model.embedding.token.weight
+
+
+class Repeated(Small):
+    """Runs one block twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model.blocks[2] = self.model.blocks[1]
+
+
+class SecondOrder(Small):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.LBFGS(self.parameters())
+
+
+class TimeMajor(MODULES["blocks"]):  # type: ignore[misc]
+    """Its blocks work on ``[time, samples, dim]``."""
+
+    def _loss(self, batch: Any) -> torch.Tensor:
+        inputs, target = batch
+        inputs, target = inputs[:, :4], target[:, :4]
+        hidden = self.table(inputs).transpose(0, 1)
+        for layer in self.net.layers:
+            hidden = layer(hidden, torch.ones(len(hidden)))
+        return torch.nn.functional.cross_entropy(self.out(hidden.transpose(0, 1)).flatten(0, 1), target.flatten())
+
+
+MODULES.update(loose=Loose, tied=Tied, repeated=Repeated, lbfgs=SecondOrder, time_major=TimeMajor)
 MODULES["manual"] = Manual
 MODULES["forgetful"] = Forgetful
+MIXED = plan_of("dp4 dp4 dp2-tp2 dp4 dp4 dp4", 4, (4,))
 ONE = plan_of("dp4 dp4 dp4 dp4 dp4 dp4", 4, (4,))
 
 
@@ -117,6 +169,14 @@ ONE = plan_of("dp4 dp4 dp4 dp4 dp4 dp4", 4, (4,))
         ("forgetful", {"plan": ONE}, {}, ["Forgetful.training_step", "pipeline_step"]),
         ("forgetful", {"profile_cache": False}, {}, ["Forgetful.training_step", "pipeline_step"]),
         ("manual", {"plan": ONE}, {}, ["automatic_optimization"]),
+        ("loose", {"plan": ONE}, {}, ["'temperature'", "lies outside"]),
+        ("tied", {"plan": ONE}, {}, ["token.weight", "shared parameter"]),
+        ("repeated", {"plan": ONE}, {}, ["more than once", "model.blocks.0"]),
+        ("lbfgs", {"plan": ONE}, {}, ["LBFGS"]),
+        ("time_major", {"plan": MIXED}, {}, ["[4, 4, 16]", "more than one dimension", "pin one"]),
+        ("gpt", {"profile_cache": False}, {"data": {"samples": 0}}, ["no batch"]),
+        ("gpt", {"plan": ONE}, {"data": {"samples": 18}, "max_steps": -1}, ["2 samples", "drop_last=True"]),
+        ("gpt", {}, {"use_distributed_sampler": False}, ["use_distributed_sampler=False", "plan='auto'"]),
     ],
 )
 def test_what_cannot_be_is_one_line(
@@ -127,3 +187,56 @@ def test_what_cannot_be_is_one_line(
         assert isinstance(message, str), "it was accepted"
         assert "\n" not in message
         assert all(word in message for word in words), message
+
+
+class Normed(MODULES["blocks"]):  # type: ignore[misc]
+    """Counts its batches in batch normalization."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(2)
+
+
+def one_after_another(rank: int, folder: str) -> dict[str, Any]:
+    """Calls of one Trainer in an order that is less usual."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    settings = {
+        "accelerator": "cpu", "max_steps": 2, "logger": False, "enable_checkpointing": False,
+        "enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": folder,
+        "devices": torch.distributed.get_world_size(),
+    }  # fmt: skip
+    out: dict[str, Any] = {}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = Trainer(strategy=AutoHybridParallelStrategy(plan=ONE), **settings)
+        first, second = MODULES["gpt"](), MODULES["gpt"]()
+        trainer.fit(first, loader())
+        before = whole(second)
+        trainer.fit_loop.epoch_loop.max_steps = 4
+        trainer.fit(second, loader())
+        out["trained"] = sum(not torch.equal(before[name], value) for name, value in whole(second).items())
+        out["validated"] = trainer.validate(second, loader(32), verbose=False)[0]["val_loss"]
+        fresh = Trainer(strategy=AutoHybridParallelStrategy(profile_cache=False), **settings)
+        module = MODULES["gpt"]()
+        fresh.validate(module, loader(32), verbose=False)
+        try:
+            fresh.fit(module, loader())
+        except ValueError as error:
+            out["refused"] = str(error)
+        Trainer(strategy=AutoHybridParallelStrategy(plan=ONE), **settings).fit(Normed(), loader(), loader(32))
+        other = plan_of("dp4 dp4 dp4 dp4 dp4 dp4", 4, (4,), batch=32)
+        Trainer(strategy=AutoHybridParallelStrategy(plan=other), **settings).fit(MODULES["gpt"](), loader())
+    out["warnings"] = [str(item.message) for item in caught]
+    return out
+
+
+def test_calls_in_another_order(ranks: Any, tmp_path: Path) -> None:
+    """A second module on the same Trainer trains; fitting what was set up for evaluation is refused; warnings come."""
+    results = ranks(4).run(one_after_another, str(tmp_path))
+    for result in results:
+        assert result["trained"] == len(list(MODULES["gpt"]().parameters()))
+        assert result["validated"] > 0
+        assert "set up for evaluation" in result["refused"]
+    told = " ".join(results[0]["warnings"])
+    assert "batch normalization" in told
+    assert "batch_size is 16" in told and "global batch of 32" in told
