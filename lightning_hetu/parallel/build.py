@@ -246,7 +246,8 @@ def _relayout_from(
     def move(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.ndim == 0 or tensor.shape[0] not in rows:
             return tensor
-        if tensor.shape[0] in tensor.shape[1:]:
+        # What comes from outside tells: later layouts are then known.
+        if tensor.shape[0] == wrapper.samples and wrapper.samples in tensor.shape[1:]:
             raise ValueError(
                 f"{name} works on a tensor of shape {list(tensor.shape)}, where more than one dimension may be the"
                 f" {tensor.shape[0]} samples of this rank, so its layers cannot have different data-parallel degrees."

@@ -47,6 +47,8 @@ class HetuConstants:
             ``replicate`` does, also over one rank.
         gradients_during_forward: Whether the gradients of the previous step are still alive in forward. Lightning's own
             loop clears them between forward and backward; our strategy clears them before forward.
+        accumulates: Whether gradients of earlier batches are kept meanwhile (``accumulate_grad_batches`` above 1): shards
+            with pipeline support, full ones without.
         optimizer_transient: Temporary bytes of the optimizer step per byte of local parameters.
         tp_forward_reduces: All-reduces of a tensor-parallel block in forward.
         tp_backward_reduces: The same in backward.
@@ -73,6 +75,7 @@ class HetuConstants:
     lingering_reduce: float = 1.0
     ddp_keeps_copy: bool = True
     gradients_during_forward: bool = False
+    accumulates: bool = False
     optimizer_transient: float = 0.25
     tp_forward_reduces: int = 2
     tp_backward_reduces: int = 2
@@ -308,6 +311,7 @@ class HetuCostModel(CostModel):
             "optimizer": trained / shards * self.profile.optimizer_state_bytes,
         }
         gradient = trained / shards
+        earlier = (gradient if self.pipeline else trained * self._reduced) if c.accumulates else 0.0
         # One gathered copy from forward to backward; zero3 has its own only while it runs.
         keeps = strategy.dp_type == "zero2" or (strategy.dp_type == "ddp" and c.ddp_keeps_copy)
         copy = full * self._gathered if keeps else 0.0
@@ -328,18 +332,20 @@ class HetuCostModel(CostModel):
 
         if microbatches == 1:
             resting = gradient if c.gradients_during_forward else 0.0
-            held = byte_vector(**states, gradients=resting, activations=kept, gathered=copy)
-            released = byte_vector(**states, gradients=gradient)
+            held = byte_vector(**states, gradients=resting + earlier, activations=kept, gathered=copy)
+            released = byte_vector(**states, gradients=gradient + earlier)
             reduce_extra = c.backward_reduce * trained * self._reduced
         else:
             # Gradients accumulate from the first backward on, when one microbatch is gone already.
             accumulated = gradient if self._reduces_every_microbatch(strategy) else trained * self._reduced
             late = min(in_flight, microbatches - 1) * kept + accumulated
             if in_flight * kept > late:
-                held = byte_vector(**states, activations=in_flight * kept, gathered=copy)
+                held = byte_vector(**states, gradients=earlier, activations=in_flight * kept, gathered=copy)
             else:
-                held = byte_vector(**states, gradients=accumulated, activations=late - accumulated, gathered=copy)
-            released = byte_vector(**states, gradients=accumulated, activations=(in_flight - 1) * kept, gathered=copy)
+                here = accumulated + earlier
+                held = byte_vector(**states, gradients=here, activations=late - accumulated, gathered=copy)
+            waiting = (in_flight - 1) * kept
+            released = byte_vector(**states, gradients=accumulated + earlier, activations=waiting, gathered=copy)
             # The accumulated gradient counts already; a new one and the flat buffer of the reduction come on top.
             reduce_extra = c.backward_reduce * trained * self._reduced
         # Gradients are reduced when the row's backward is done, and so its activations are gone: of this microbatch, or

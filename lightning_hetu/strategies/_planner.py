@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from lightning_hetu.parallel.data import batch_samples
 from lightning_hetu.parallel.pipeline_mixin import PipelineMixin
 from lightning_hetu.parallel.structure import ModelStructure
-from lightning_hetu.planning import ClusterSpec, HybridPlan, LayerStrategy, ModelProfile, search
+from lightning_hetu.planning import ClusterSpec, HetuConstants, HybridPlan, LayerStrategy, ModelProfile, search
 from lightning_hetu.planning.profile import Precision
 from lightning_hetu.planning.units import parse_bytes
 from lightning_hetu.profiling import (
@@ -216,6 +216,7 @@ def make_plan(
                     cluster,
                     memory_budget=budget,
                     global_batch_size=samples,
+                    constants=HetuConstants(accumulates=trainer.accumulate_grad_batches > 1),
                     progress=lambda done, total: bar(done, total, ""),
                     **request.pins,
                 )

@@ -64,12 +64,13 @@ def quiet() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
 
-def trainer_for(strategy: AutoHybridParallelStrategy, steps: int, callbacks: list[Any]) -> Trainer:
+def trainer_for(strategy: AutoHybridParallelStrategy, steps: int, callbacks: list[Any], accumulate: int = 1) -> Trainer:
     return Trainer(
         accelerator="cpu",
         devices=WORLD,
         strategy=strategy,
         max_steps=steps,
+        accumulate_grad_batches=accumulate,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -99,11 +100,13 @@ def profiles(rank: int) -> tuple[ModelProfile, ClusterSpec]:
     return strategy.profiles
 
 
-def measure(rank: int, plan: HybridPlan, steps: int) -> tuple[list[float], list[int]]:
+def measure(rank: int, plan: HybridPlan, steps: int, accumulate: int = 1) -> tuple[list[float], list[int]]:
     quiet()
     torch.manual_seed(0)
-    monitor = PlanMonitor(memory_step=2, warmup=3)
-    trainer_for(AutoHybridParallelStrategy(plan=plan), steps, [monitor]).fit(GPTLightningModule(**MODEL), data())
+    # The last batch of the third step, in which the gradients of the others are there.
+    monitor = PlanMonitor(memory_step=3 * accumulate - 1, warmup=3 * accumulate)
+    trainer = trainer_for(AutoHybridParallelStrategy(plan=plan), steps, [monitor], accumulate)
+    trainer.fit(GPTLightningModule(**MODEL), data())
     return monitor.step_times, monitor.stage_memory
 
 

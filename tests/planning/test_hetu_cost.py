@@ -120,6 +120,19 @@ def test_buffers_of_reductions_linger_over_the_next_backward() -> None:
     assert memory_breakdown(plan, blocks(made, 4), cluster(), 0)["transient"] == 0
 
 
+def test_accumulation_keeps_one_more_set_of_gradients() -> None:
+    """Shards with pipeline support, full gradients without, and none beyond those in the optimizer's step."""
+    profile = blocks(LayerProfile("block", 8 * MIB, activation_bytes={1: 40 * MIB}), 4)
+    plain = replace(profile, pipeline=False, microbatches=False)
+    plan = HybridPlan.uniform("dp4-zero3", num_layers=4, global_batch_size=4)
+    for model, extra in ((profile, 4 * 2), (plain, 4 * 8)):
+        peaks = [
+            evaluate(plan, model, cluster(), constants=HetuConstants(accumulates=a)).stage_memory[0]
+            for a in (False, True)
+        ]
+        assert peaks[1] - peaks[0] == extra * MIB
+
+
 def ring(rounds: int, size: int, num_bytes: float) -> float:
     """A ring collective over the test's links."""
     return rounds * (size - 1) * (LATENCY + num_bytes / size / BANDWIDTH)

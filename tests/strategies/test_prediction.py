@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lightning_hetu.planning import evaluate, search
+from lightning_hetu.planning import HetuConstants, evaluate, search
 from tests.benchmarks.plan_accuracy import BATCH, PLANS, measure, profiles
 
 
@@ -15,10 +15,11 @@ def profiled(ranks: Any) -> Any:
     return ranks(4).run(profiles, timeout=300)[0]
 
 
-def check(ranks: Any, profiled: Any, plan: Any) -> None:
+def check(ranks: Any, profiled: Any, plan: Any, accumulate: int = 1) -> None:
     profile, cluster = profiled
-    predicted = evaluate(plan, profile, cluster).stage_memory
-    _, measured = ranks(4).run(measure, plan, 3, timeout=300)[0]
+    constants = HetuConstants(accumulates=accumulate > 1)
+    predicted = evaluate(plan, profile, cluster, constants=constants).stage_memory
+    _, measured = ranks(4).run(measure, plan, 3, accumulate, timeout=300)[0]
     for stage, (expected, actual) in enumerate(zip(predicted, measured, strict=True)):
         assert expected == pytest.approx(actual, rel=0.10), f"stage {stage}: predicted {expected}, measured {actual}"
 
@@ -27,6 +28,11 @@ def check(ranks: Any, profiled: Any, plan: Any) -> None:
 def test_peak_memory_is_predicted_to_10_percent(ranks: Any, profiled: Any, name: str) -> None:
     """Every stage's peak in a real training step is within 10 % of the prediction."""
     check(ranks, profiled, PLANS[name])
+
+
+def test_gradients_of_earlier_batches_count(ranks: Any, profiled: Any) -> None:
+    """Gradient accumulation keeps one more set of gradients, and the prediction has it."""
+    check(ranks, profiled, PLANS["pp2 x dp2, mixed"], accumulate=2)
 
 
 @pytest.mark.slow
