@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -120,9 +122,8 @@ def build_stage(root: nn.Module, structure: ModelStructure, plan: HybridPlan, me
         names.append((structure.head, plan.head))
     layers = [(root.get_submodule(name), strategy.dp) for name, strategy in names]
     keep = {name for name, _ in names}
-    for name in (structure.embedding, *structure.blocks, structure.head):
-        if name not in keep:
-            _remove(root, name)
+    everything = (structure.embedding, *structure.blocks, structure.head)
+    removed = RemovedLayers(root, [name for name in everything if name not in keep])
     for name, strategy in names:
         _parallelize(root, name, strategy, mesh)
     stage = StageModule(
@@ -134,7 +135,43 @@ def build_stage(root: nn.Module, structure: ModelStructure, plan: HybridPlan, me
     # The root has no parameters of its own left, but it ties the layers into one FSDP context.
     fully_shard(stage, mesh=mesh.layout(names[0][1].dp, names[0][1].tp).data, reshard_after_forward=False)
     sum_gradients(stage)
+    stage.removed = removed
     return stage
+
+
+class RemovedLayers:
+    """Takes the layers of other stages out of a model, and can show it whole again for a moment.
+
+    Args:
+        root: The whole model.
+        names: Full names of the layers. They are moved to the meta device, where they take no memory.
+    """
+
+    def __init__(self, root: nn.Module, names: list[str]) -> None:
+        self.parents: dict[nn.Module, dict[str, nn.Module | None]] = {}
+        for name in names:
+            parent_name, _, child = name.rpartition(".")
+            parent = root.get_submodule(parent_name)
+            self.parents.setdefault(parent, dict(parent._modules))
+            root.get_submodule(name).to("meta")
+            if isinstance(parent, nn.ModuleList | nn.ModuleDict | nn.Sequential):
+                del parent._modules[child]  # not delattr: it would renumber, and names must stay those of the whole
+            else:
+                setattr(parent, child, None)
+
+    @contextmanager
+    def put_back(self) -> Iterator[None]:
+        """The model has all its layers, in their order, for as long as the context lasts."""
+        present = {parent: dict(parent._modules) for parent in self.parents}
+        for parent, whole in self.parents.items():
+            parent._modules.clear()
+            parent._modules.update(whole)
+        try:
+            yield
+        finally:
+            for parent, modules in present.items():
+                parent._modules.clear()
+                parent._modules.update(modules)
 
 
 class ModuleRoot(nn.Module):
@@ -180,15 +217,6 @@ def _parallelize(root: nn.Module, name: str, strategy: LayerStrategy, mesh: Plan
     if strategy.recompute:
         apply_recompute(layer)
     apply_data_parallel(layer, layout, strategy.dp_type)
-
-
-def _remove(root: nn.Module, name: str) -> None:
-    parent_name, _, child = name.rpartition(".")
-    parent = root.get_submodule(parent_name)
-    if isinstance(parent, nn.ModuleList | nn.ModuleDict | nn.Sequential):
-        del parent._modules[child]  # not delattr: it would renumber, and names must stay those of the whole model
-    else:
-        setattr(parent, child, None)
 
 
 def _relayout_inputs(

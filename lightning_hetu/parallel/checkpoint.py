@@ -11,7 +11,8 @@ import os
 import pickle
 import shutil
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
+from lightning_hetu.parallel.optimizers import GroupNames
+
 METADATA_FILE = "meta.pt"
 PLAN_FILE = "plan.json"
 PARAMETER_GROUPS_KEY = "hetu_parameter_groups"
@@ -47,9 +50,23 @@ def model_state(module: nn.Module) -> dict[str, Any]:
 
 def optimizer_state(module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     """This rank's shards of the optimizer state, one flat entry per parameter and quantity."""
-    if not any(group["params"] for group in optimizer.param_groups):
-        return {}  # a stage that trains nothing, which torch refuses
-    return get_optimizer_state_dict(module, optimizer, options=_OPTIONS)
+    with _without_empty_groups(optimizer) as empty:
+        if len(empty) == len(optimizer.param_groups):
+            return {}
+        return get_optimizer_state_dict(module, optimizer, options=_OPTIONS)
+
+
+@contextmanager
+def _without_empty_groups(optimizer: Optimizer) -> Iterator[list[int]]:
+    """Takes out the groups of which this stage has no parameter, which torch refuses; gives their positions."""
+    groups = optimizer.param_groups
+    empty = [index for index, group in enumerate(groups) if not group["params"]]
+    optimizer.param_groups = [group for group in groups if group["params"]] or groups
+    try:
+        yield empty
+    finally:
+        loaded = iter(optimizer.param_groups if len(empty) < len(groups) else [])
+        optimizer.param_groups = [group if index in empty else next(loaded) for index, group in enumerate(groups)]
 
 
 def save_folder(state: dict[str, Any], metadata: Mapping[str, Any], plan_json: str, path: Path) -> None:
@@ -99,8 +116,23 @@ def save_folder(state: dict[str, Any], metadata: Mapping[str, Any], plan_json: s
     torch.distributed.barrier()
 
 
-def load_folder(module: nn.Module, optimizers: Sequence[Optimizer], path: Path, *, strict: bool = True) -> None:
+def load_folder(
+    module: nn.Module,
+    optimizers: Sequence[Optimizer],
+    path: Path,
+    names: Sequence[GroupNames] | None = None,
+    *,
+    strict: bool = True,
+) -> None:
     """Fills model and optimizers from a checkpoint folder that any plan may have written.
+
+    Args:
+        module: The parallelized module.
+        optimizers: Its optimizers; pass none to load weights only.
+        path: The folder.
+        names: For each optimizer, for each group, the parameter names over the whole model; from them, groups of which
+            this rank has no parameter learn their options.
+        strict: Whether the entries must be exactly those of the model.
 
     Raises:
         DamagedCheckpointError: If files are missing or cut short.
@@ -132,19 +164,36 @@ def load_folder(module: nn.Module, optimizers: Sequence[Optimizer], path: Path, 
         entries = optimizer_state(module, optimizer)
         # A parameter that never had a gradient has no state there.
         prefix = f"optimizer_{index}."
+        entries |= _options_of_empty_groups(optimizer, names[index] if names is not None else None)
         state[f"optimizer_{index}"] = {k: v for k, v in entries.items() if f"{prefix}{k}" in saved.state_dict_metadata}
     dcp.load(state, checkpoint_id=str(path))
     set_model_state_dict(module, state["state_dict"], options=StateDictOptions(strict=strict and not missing))
     for index, optimizer in enumerate(optimizers):
-        if state[f"optimizer_{index}"]:
-            set_optimizer_state_dict(module, optimizer, state[f"optimizer_{index}"], options=_OPTIONS)
+        entries = state[f"optimizer_{index}"]
+        for group, key, entry in _empty_groups(optimizer, names[index] if names is not None else None):
+            if entry in entries:
+                group[key] = entries.pop(entry)
+        with _without_empty_groups(optimizer) as empty:
+            if entries and len(empty) < len(optimizer.param_groups):
+                set_optimizer_state_dict(module, optimizer, entries, options=_OPTIONS)
+
+
+def _empty_groups(optimizer: Optimizer, names: GroupNames | None) -> Iterator[tuple[dict[str, Any], str, str]]:
+    """Each option of each group without parameters here, and the entry in which another rank has saved it."""
+    for group, members in zip(optimizer.param_groups, names or (), strict=names is not None):
+        if not group["params"] and members:
+            yield from ((group, key, f"param_groups.{members[0]}.{key}") for key in list(group) if key != "params")
+
+
+def _options_of_empty_groups(optimizer: Optimizer, names: GroupNames | None) -> dict[str, Any]:
+    return {entry: group[key] for group, key, entry in _empty_groups(optimizer, names)}
 
 
 def load_full(
     module: nn.Module,
     optimizers: Sequence[Optimizer],
     checkpoint: Mapping[str, Any],
-    names: Sequence[Sequence[Sequence[str]]] | None,
+    names: Sequence[GroupNames] | None,
     *,
     strict: bool = True,
 ) -> None:
@@ -194,9 +243,13 @@ def load_full(
             param_groups.append({**saved, "params": kept})
             identifiers = dict(zip(members, saved["params"], strict=True))
             state |= {name: plain["state"][identifiers[name]] for name in kept if identifiers[name] in plain["state"]}
-        nested: dict[str, Any] = {"state": state, "param_groups": param_groups}
-        if any(group["params"] for group in param_groups):
-            set_optimizer_state_dict(module, optimizer, nested, options=full)
+        for group, loaded in zip(optimizer.param_groups, param_groups, strict=True):
+            if not group["params"]:
+                group.update({key: value for key, value in loaded.items() if key != "params"})
+        nested: dict[str, Any] = {"state": state, "param_groups": [group for group in param_groups if group["params"]]}
+        with _without_empty_groups(optimizer):
+            if nested["param_groups"]:
+                set_optimizer_state_dict(module, optimizer, nested, options=full)
 
 
 def check_folder(path: Path) -> Metadata:
@@ -323,8 +376,11 @@ def consolidate(folder: str | Path, file: str | Path) -> Path:
 
 
 def parameter_groups(
-    module: nn.Module, optimizers: Sequence[Optimizer], all_names: Sequence[str]
-) -> list[list[list[str]]] | None:
+    module: nn.Module,
+    optimizers: Sequence[Optimizer],
+    all_names: Sequence[str],
+    known: Sequence[GroupNames] | None = None,
+) -> list[GroupNames] | None:
     """For each optimizer, for each group, the parameter names over all stages, in the order the optimizer has them.
 
     torch numbers optimizer states by that order. ``None`` where it cannot be told: with several stages whose parameters
@@ -334,13 +390,16 @@ def parameter_groups(
         module: This rank's part of the model.
         optimizers: Its optimizers; the groups must be the same on every rank.
         all_names: Parameter names of the whole model, in order.
+        known: What the optimizers had over the whole model when they were made; used unless they have changed since.
     """
     names = {parameter: name for name, parameter in module.named_parameters()}
     own = [[[names[p] for p in group["params"]] for group in opt.param_groups] for opt in optimizers]
     gathered: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(gathered, own)
+    if known is not None and all(_parts_of(known, rank) for rank in gathered):
+        return list(known)
     position = {name: index for index, name in enumerate(all_names)}
-    merged: list[list[list[str]]] = []
+    merged: list[GroupNames] = []
     for index, optimizer in enumerate(own):
         groups = []
         for group in range(len(optimizer)):
@@ -354,6 +413,14 @@ def parameter_groups(
             groups.append(sorted(members, key=lambda name: position[name]))
         merged.append(groups)
     return merged
+
+
+def _parts_of(known: Sequence[GroupNames], own: Sequence[GroupNames]) -> bool:
+    """Whether every group of a rank is part of the known one, in its order."""
+    if [len(groups) for groups in known] != [len(groups) for groups in own]:
+        return False
+    pairs = [pair for whole, part in zip(known, own, strict=True) for pair in zip(whole, part, strict=True)]
+    return all([name for name in whole if name in set(part)] == part for whole, part in pairs)
 
 
 def _plain_optimizer_state(flat: Mapping[str, Any], names: Sequence[Sequence[str]]) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
 
 GroupNames = list[list[str]]
 """Parameter names of every group of an optimizer, over the whole model, in the optimizer's order."""
@@ -27,9 +26,23 @@ def parameter_names(optimizers: Sequence[Optimizer], module: nn.Module) -> list[
 
 def can_rebind(optimizer: Optimizer) -> bool:
     """Whether an optimizer keeps parameters in its groups only: no states yet, no lists or optimizers of its own."""
-    own = {name: value for name, value in vars(optimizer).items() if name not in ("param_groups", "defaults", "state")}
-    holds = any(isinstance(leaf, torch.Tensor | Optimizer) for leaf in tree_leaves(own))
-    return not holds and not optimizer.state
+    own = [value for name, value in vars(optimizer).items() if name not in ("param_groups", "defaults", "state")]
+    return not optimizer.state and not any(map(_holds_tensors, own))
+
+
+def _holds_tensors(value: object, depth: int = 4) -> bool:
+    """Whether tensors or optimizers can be reached from ``value`` through containers and attributes."""
+    if isinstance(value, torch.Tensor | Optimizer | nn.Module):
+        return True
+    if depth == 0 or callable(value):
+        return False
+    if isinstance(value, Mapping):
+        parts = [*value.keys(), *value.values()]
+    elif isinstance(value, list | tuple | set | frozenset):
+        parts = list(value)
+    else:
+        parts = list(getattr(value, "__dict__", {}).values())
+    return any(_holds_tensors(part, depth - 1) for part in parts)
 
 
 def rebind(optimizer: Optimizer, names: GroupNames, parameters: Mapping[str, nn.Parameter]) -> None:

@@ -33,6 +33,7 @@ class StageModule(nn.Module):
         self.input_dp = input_dp
         self.output_dp = output_dp
         self.autocast_dtype: torch.dtype | None = None
+        self.removed: Any = None
 
     def autocast(self, device_type: str) -> torch.autocast:
         """The context that layers and loss run under.

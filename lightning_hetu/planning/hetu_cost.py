@@ -47,8 +47,8 @@ class HetuConstants:
             ``replicate`` does, also over one rank.
         gradients_during_forward: Whether the gradients of the previous step are still alive in forward. Lightning's own
             loop clears them between forward and backward; our strategy clears them before forward.
-        accumulates: Whether gradients of earlier batches are kept meanwhile (``accumulate_grad_batches`` above 1): shards
-            with pipeline support, full ones without.
+        accumulates: Whether gradients of earlier batches are kept meanwhile (``accumulate_grad_batches`` above 1):
+            shards with pipeline support, full ones without.
         optimizer_transient: Temporary bytes of the optimizer step per byte of local parameters.
         tp_forward_reduces: All-reduces of a tensor-parallel block in forward.
         tp_backward_reduces: The same in backward.

@@ -11,7 +11,9 @@ from typing import Any, NoReturn
 
 import torch
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
+from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -98,6 +100,34 @@ class SigtermWatch:
 def configure_optimizers(module: LightningModule) -> tuple[list[torch.optim.Optimizer], list[Any]]:
     """Optimizers and scheduler configurations of the module, checked by Lightning."""
     return _init_optimizers_and_lr_schedulers(module)
+
+
+def configure_optimizers_early(
+    trainer: Trainer, module: LightningModule
+) -> tuple[list[torch.optim.Optimizer], list[Any]]:
+    """The same before there is a plan.
+
+    If that sets loaders up (``estimated_stepping_batches`` does), they will be set up once more under the plan: what
+    they have drawn is put back.
+    """
+    states, before = _collect_rng_states(), trainer.fit_loop._combined_loader
+    configured = configure_optimizers(module)
+    if trainer.fit_loop._combined_loader is not before:
+        _set_rng_states(states)
+    return configured
+
+
+def unsupported_callback(trainer: Trainer, stages: int) -> str | None:
+    """Why a callback of this Trainer cannot run on parameters that are distributed tensors."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
+            return f"{type(callback).__name__} averages whole parameters, which no process has here: remove it."
+        if isinstance(callback, BaseFinetuning) and stages > 1:
+            return (
+                f"{type(callback).__name__} compares parameters one by one, which pipeline stages do not have in common:"
+                " pin pipeline_parallel_size=1."
+            )
+    return None
 
 
 def forget_dataloaders(trainer: Trainer) -> None:

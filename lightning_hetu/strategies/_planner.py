@@ -195,7 +195,10 @@ def make_plan(
     if isinstance(request.plan, HybridPlan):
         return request.plan
     if str(request.plan) != "auto":
-        return HybridPlan.load(request.plan)
+        try:
+            return HybridPlan.load(request.plan)
+        except OSError as error:
+            raise ValueError(f"plan={str(request.plan)!r} cannot be read: {error.strerror}.") from error
     if not strategy.cuts_batches:
         raise ValueError(
             "use_distributed_sampler=False with plan='auto': a loader then yields the rows of one rank, and they depend"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -22,7 +22,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from torch.optim import LBFGS, Optimizer
+from torch.optim import LBFGS, Adafactor, Optimizer
 from typing_extensions import override
 
 from lightning_hetu.parallel import checkpoint as ckpt
@@ -43,6 +43,9 @@ from lightning_hetu.planning.explain import diff
 from lightning_hetu.planning.plan import HybridPlan
 from lightning_hetu.strategies import _lightning_compat as compat
 from lightning_hetu.strategies._planner import PlanRequest, evaluation_plan, make_plan, make_profiles
+
+Configured = tuple[list[Optimizer], list[Any]]
+"""Optimizers, and Lightning's configurations of schedulers."""
 
 
 class AutoHybridParallelStrategy(ModelParallelStrategy):
@@ -94,7 +97,7 @@ class AutoHybridParallelStrategy(ModelParallelStrategy):
         self._root: torch.nn.Module | None = None
         self._parameter_names: list[str] = []
         self._optimizer_names: list[GroupNames] | None = None
-        self._configured: tuple[list[Optimizer], list[Any]] | None = None
+        self._configured: Configured | None = None
         self._shard_loaders: bool | None = None
         self._evaluation_only: LightningModule | None = None
         self._optimizers_of: LightningModule | None = None
@@ -126,6 +129,11 @@ class AutoHybridParallelStrategy(ModelParallelStrategy):
     @override
     def setup_environment(self) -> None:
         logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+        if self._process_group_backend == "nccl" and self.root_device.type != "cuda":
+            raise ValueError(
+                f"process_group_backend='nccl' is for GPUs, but this run is on {self.root_device.type}: use 'gloo', or"
+                " None."
+            )
         compat.setup_processes(self)
 
     @property
@@ -175,7 +183,7 @@ class AutoHybridParallelStrategy(ModelParallelStrategy):
         check_parameters(self._structure, module)
         module.to(self.root_device)
         synchronize_initial_state(module)
-        self._configured = compat.configure_optimizers(module) if compat.is_fitting(trainer) else None
+        self._configured = compat.configure_optimizers_early(trainer, module) if compat.is_fitting(trainer) else None
         # One random state for all ranks: tensor-parallel ranks must draw the same dropout masks. Profiling draws too.
         random_state = self.broadcast(torch.get_rng_state())
         if any(isinstance(child, torch.nn.modules.batchnorm._BatchNorm) for child in module.modules()):
@@ -202,6 +210,9 @@ class AutoHybridParallelStrategy(ModelParallelStrategy):
             rank_zero_info(f"evaluation without a plan: parameters are sharded over all {self.world_size} devices")
         torch.set_rng_state(random_state)
         check_plan_fits_model(plan, self._structure, module)
+        problem = compat.unsupported_callback(trainer, plan.pipeline_parallel_size)
+        if problem is not None and compat.is_fitting(trainer):
+            raise ValueError(problem)
         self.plan = plan
         self._plan_mesh = PlanMesh(plan, self.root_device.type)
         if self._evaluation_only is not module:
@@ -212,15 +223,17 @@ class AutoHybridParallelStrategy(ModelParallelStrategy):
             if trainer.loggers and folder is not None:
                 plan.save(Path(folder) / ckpt.PLAN_FILE)
             if self._stop_file is not None:
-                plan.save(self._stop_file)
+                try:
+                    plan.save(self._stop_file)
+                except OSError as error:
+                    raise ValueError(f"out={self._stop_file!r} cannot be written: {error.strerror}.") from error
         if self._stop_after == "plan":
             self.barrier()
             compat.end_run()
         compat.set_device_mesh(module, self._plan_mesh.root)
         self._device_mesh = self._plan_mesh.root
         self._parameter_names = [name for name, _ in module.named_parameters()]
-        optimizers = self.configured_optimizers
-        self._optimizer_names = parameter_names(optimizers, module)
+        names = parameter_names(self.configured_optimizers, module)
         self.precision_plugin.convert_module(module)
         if self._structure.pipeline:
             stage = build_stage(module, self._structure, plan, self._plan_mesh)
@@ -231,24 +244,40 @@ class AutoHybridParallelStrategy(ModelParallelStrategy):
         else:
             self._root = build_module(module, self._structure, plan, self._plan_mesh)
             compat.synchronize_epoch_metrics(module)
-        if self._optimizer_names is None or not all(map(can_rebind, optimizers)):
-            # Such an optimizer must be configured again, with what this rank has.
-            self._configured = self._optimizer_names = None
-        else:
-            parameters = dict(module.named_parameters())
-            for optimizer, names in zip(optimizers, self._optimizer_names, strict=True):
-                rebind(optimizer, names, parameters)
+        if self._configured is not None:
+            self._configured = self._rebound(self._configured, names)
         compat.forget_dataloaders(trainer)
         self._parallelized = self.lightning_module
 
     @override
     def setup_optimizers(self, trainer: Trainer) -> None:
-        if self._configured is None:
-            self._optimizer_names = None
+        module, configured = self.lightning_module, self._configured
+        assert module is not None
+        if configured is None and self._optimizers_of is module:  # another fit of the same module
+            with self._whole_model():
+                configured = compat.configure_optimizers(module)
+                names = parameter_names(configured[0], module)
+            configured = self._rebound(configured, names)
+        self._configured = None
+        if configured is None:  # with what this rank has
             super().setup_optimizers(trainer)
         else:
-            self.optimizers, self.lr_scheduler_configs = self._configured
-            self._configured = None
+            self.optimizers, self.lr_scheduler_configs = configured
+
+    def _whole_model(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._executor is None else self._executor.stage.removed.put_back()
+
+    def _rebound(self, configured: Configured, names: list[GroupNames] | None) -> Configured | None:
+        """Optimizers of the whole model, given what this rank has of it; ``None`` if they must be configured again."""
+        assert self.lightning_module is not None
+        optimizers, _ = configured
+        self._optimizer_names = names if all(map(can_rebind, optimizers)) else None
+        if self._optimizer_names is None:
+            return None
+        parameters = dict(self.lightning_module.named_parameters())
+        for optimizer, groups in zip(optimizers, self._optimizer_names, strict=True):
+            rebind(optimizer, groups, parameters)
+        return configured
 
     def _check_optimizers(self) -> None:
         for optimizer in self.optimizers:
@@ -256,6 +285,8 @@ class AutoHybridParallelStrategy(ModelParallelStrategy):
                 raise ValueError(
                     "LBFGS evaluates the loss several times per step, which a plan cannot: use another optimizer."
                 )
+            if isinstance(optimizer, Adafactor):
+                raise ValueError("Adafactor does not run on distributed tensors: use another optimizer, AdamW say.")
 
     @property
     @override
@@ -331,8 +362,8 @@ class AutoHybridParallelStrategy(ModelParallelStrategy):
             return super().predict_step(*args, **kwargs)
 
     def _agree_to_go_on(self) -> None:
-        # Before batches of training Lightning's loop asks.
-        if self._sigterm is not None:
+        # Before batches of training Lightning's loop asks. Loaders of the user's own may differ in length.
+        if self._sigterm is not None and self.cuts_batches:
             self._sigterm.agree()
 
     @override
@@ -393,7 +424,8 @@ class AutoHybridParallelStrategy(ModelParallelStrategy):
         strict = self.lightning_module.strict_loading
         if path.is_file():
             return self._load_file(path, weights_only, strict)
-        ckpt.load_folder(self.lightning_module, self.optimizers, path, strict=strict)
+        names = self._parameter_groups() if self.optimizers else None
+        ckpt.load_folder(self.lightning_module, self.optimizers, path, names, strict=strict)
         self._tell_what_changed(path / ckpt.PLAN_FILE)
         return ckpt.load_metadata(path, weights_only)
 
@@ -417,10 +449,9 @@ class AutoHybridParallelStrategy(ModelParallelStrategy):
         return checkpoint
 
     def _parameter_groups(self) -> list[GroupNames] | None:
-        if self._optimizer_names is not None:
-            return self._optimizer_names
         assert self.lightning_module is not None
-        return ckpt.parameter_groups(self.lightning_module, self.optimizers, self._parameter_names)
+        module, known = self.lightning_module, self._optimizer_names
+        return ckpt.parameter_groups(module, self.optimizers, self._parameter_names, known)
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

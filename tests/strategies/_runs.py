@@ -104,6 +104,19 @@ class Grouped(GPTLightningModule):
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)]
 
 
+class Stepwise(Grouped):
+    """One group per half of the model, so a stage has an empty one, and a schedule of all steps to come."""
+
+    def configure_optimizers(self) -> Any:
+        head = list(self.model.head.parameters())
+        rest = [p for p in self.model.blocks.parameters() if p.requires_grad]
+        groups = [{"params": head, "lr": 1e-2}, {"params": rest, "lr": 2e-3}]
+        optimizer = torch.optim.SGD(groups, lr=2e-3, momentum=0.9)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [1e-2, 2e-3], total_steps=steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
 class Captured(Grouped):
     """Its optimizer keeps parameters where nobody can exchange them."""
 
@@ -124,7 +137,7 @@ class Captured(Grouped):
         return self.Signs(p for p in self.parameters() if p.requires_grad)
 
 
-MODULES = {"gpt": gpt, "blocks": Blocks, "grouped": Grouped, "captured": Captured}
+MODULES = {"gpt": gpt, "blocks": Blocks, "grouped": Grouped, "stepwise": Stepwise, "captured": Captured}
 
 
 def plan_of(text: str, world: int, stages: tuple[int, ...], microbatches: int = 1, batch: int = SAMPLES) -> HybridPlan:
