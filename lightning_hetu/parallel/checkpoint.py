@@ -50,23 +50,23 @@ def model_state(module: nn.Module) -> dict[str, Any]:
 
 def optimizer_state(module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     """This rank's shards of the optimizer state, one flat entry per parameter and quantity."""
-    with _without_empty_groups(optimizer) as empty:
-        if len(empty) == len(optimizer.param_groups):
+    with _without_empty_groups(optimizer) as trains:
+        if not trains:
             return {}
         return get_optimizer_state_dict(module, optimizer, options=_OPTIONS)
 
 
 @contextmanager
-def _without_empty_groups(optimizer: Optimizer) -> Iterator[list[int]]:
-    """Takes out the groups of which this stage has no parameter, which torch refuses; gives their positions."""
+def _without_empty_groups(optimizer: Optimizer) -> Iterator[bool]:
+    """Takes out the groups of which this stage has no parameter, which torch refuses; gives whether any is left."""
     groups = optimizer.param_groups
-    empty = [index for index, group in enumerate(groups) if not group["params"]]
-    optimizer.param_groups = [group for group in groups if group["params"]] or groups
+    full = [bool(group["params"]) for group in groups]
+    optimizer.param_groups = [group for group, has in zip(groups, full, strict=True) if has]
     try:
-        yield empty
+        yield any(full)
     finally:
-        loaded = iter(optimizer.param_groups if len(empty) < len(groups) else [])
-        optimizer.param_groups = [group if index in empty else next(loaded) for index, group in enumerate(groups)]
+        loaded = iter(optimizer.param_groups)
+        optimizer.param_groups = [next(loaded) if has else group for group, has in zip(groups, full, strict=True)]
 
 
 def save_folder(state: dict[str, Any], metadata: Mapping[str, Any], plan_json: str, path: Path) -> None:
@@ -173,8 +173,8 @@ def load_folder(
         for group, key, entry in _empty_groups(optimizer, names[index] if names is not None else None):
             if entry in entries:
                 group[key] = entries.pop(entry)
-        with _without_empty_groups(optimizer) as empty:
-            if entries and len(empty) < len(optimizer.param_groups):
+        with _without_empty_groups(optimizer) as trains:
+            if entries and trains:
                 set_optimizer_state_dict(module, optimizer, entries, options=_OPTIONS)
 
 
@@ -247,8 +247,8 @@ def load_full(
             if not group["params"]:
                 group.update({key: value for key, value in loaded.items() if key != "params"})
         nested: dict[str, Any] = {"state": state, "param_groups": [group for group in param_groups if group["params"]]}
-        with _without_empty_groups(optimizer):
-            if nested["param_groups"]:
+        with _without_empty_groups(optimizer) as trains:
+            if trains:
                 set_optimizer_state_dict(module, optimizer, nested, options=full)
 
 

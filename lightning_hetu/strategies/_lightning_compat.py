@@ -124,7 +124,7 @@ def unsupported_callback(trainer: Trainer, stages: int) -> str | None:
             return f"{type(callback).__name__} averages whole parameters, which no process has here: remove it."
         if isinstance(callback, BaseFinetuning) and stages > 1:
             return (
-                f"{type(callback).__name__} compares parameters one by one, which pipeline stages do not have in common:"
+                f"{type(callback).__name__} compares parameters one by one, and pipeline stages have other ones:"
                 " pin pipeline_parallel_size=1."
             )
     return None

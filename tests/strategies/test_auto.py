@@ -38,6 +38,7 @@ def same(actual: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e
         (DEEP, {"gradient_clip_val": 0.001, "gradient_clip_algorithm": "value"}),
         (PIPELINE, {"module": "grouped", "gradient_clip_val": 0.05}),
         (DEEP, {"module": "grouped", "module_options": {"frozen": 2}}),
+        (PIPELINE, {"module": "stepwise"}),
         (PIPELINE, {"module": "captured"}),
         (PLAIN_MIXED, {"module": "blocks", "gradient_clip_val": 0.05}),
         (PLAIN_DP, {"module": "blocks", "accumulate_grad_batches": 2, "gradient_clip_val": 0.05}),
@@ -49,6 +50,7 @@ def same(actual: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e
         "deep-clip-value",
         "groups-of-all-stages",
         "frozen-stages",
+        "one-cycle-and-empty-groups",
         "optimizer-with-a-list",
         "plain",
         "plain-accumulate",
@@ -113,13 +115,17 @@ def test_resume_under_any_plan(ranks: Any, tmp_path: Any) -> None:
     assert back["losses"] == pytest.approx(on_one["losses"], rel=1e-5)
 
 
-def test_resume_with_groups_of_all_stages(ranks: Any, tmp_path: Any) -> None:
-    """Groups that take layers in another order than the model, and stages that train nothing, resume on one device."""
+@pytest.mark.parametrize("module", ["grouped", "stepwise"])
+def test_resume_with_groups_of_all_stages(ranks: Any, tmp_path: Any, module: str) -> None:
+    """Groups in another order than the model, empty ones and stages that train nothing resume anywhere."""
     from lightning_hetu.parallel.checkpoint import consolidate
 
-    options = {"module": "grouped", "module_options": {"frozen": 2}, "evaluate": False, "shuffle": False}
+    options = {"module": module, "module_options": {"frozen": 2}, "evaluate": False, "shuffle": False}
     many = ranks(4).run(train, str(tmp_path / "many"), DEEP, options)[0]
-    one_file = consolidate(tmp_path / "many" / "epoch=0.ckpt", tmp_path / "one.ckpt")
+    saved = tmp_path / "many" / "epoch=0.ckpt"
+    one_file = consolidate(saved, tmp_path / "one.ckpt")
+    folder = ranks(4).run(train, str(tmp_path / "folder"), PIPELINE, {**options, "ckpt_path": str(saved)})[0]
+    assert folder["losses"] == pytest.approx(many["losses"][6:], rel=1e-5)
     options["ckpt_path"] = str(one_file)
     plain = train(0, str(tmp_path / "plain"), None, options)
     again = ranks(4).run(train, str(tmp_path / "again"), DEEP, options)[0]

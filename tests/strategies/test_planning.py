@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging
 
 from lightning_hetu.models import GPTLightningModule
 from lightning_hetu.planning import HybridPlan
@@ -102,6 +103,14 @@ class Small(GPTLightningModule):
         super().__init__(vocab_size=32, max_seq_len=16, num_layers=4, num_heads=4, dim=32)
 
 
+class Thaw(BaseFinetuning):
+    def freeze_before_training(self, pl_module: Any) -> None:
+        self.freeze(pl_module.model.embedding)
+
+    def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
+        return None
+
+
 class Loose(Small):
     """Has a weight that belongs to no part."""
 
@@ -146,6 +155,7 @@ class TimeMajor(MODULES["blocks"]):  # type: ignore[misc]
 MODULES.update(loose=Loose, tied=Tied, repeated=Repeated, lbfgs=SecondOrder, time_major=TimeMajor)
 MODULES["manual"] = Manual
 MODULES["forgetful"] = Forgetful
+STAGES = plan_of("dp2 dp2 dp2 dp2 dp2 dp2", 4, (2, 2), 2)
 MIXED = plan_of("dp4 dp4 dp2-tp2 dp4 dp4 dp4", 4, (4,))
 ONE = plan_of("dp4 dp4 dp4 dp4 dp4 dp4", 4, (4,))
 
@@ -173,6 +183,10 @@ ONE = plan_of("dp4 dp4 dp4 dp4 dp4 dp4", 4, (4,))
         ("tied", {"plan": ONE}, {}, ["token.weight", "shared parameter"]),
         ("repeated", {"plan": ONE}, {}, ["more than once", "model.blocks.0"]),
         ("lbfgs", {"plan": ONE}, {}, ["LBFGS"]),
+        ("gpt", {"plan": ONE}, {"callbacks": [StochasticWeightAveraging(1e-2)]}, ["StochasticWeightAveraging"]),
+        ("gpt", {"plan": STAGES}, {"callbacks": [Thaw()]}, ["Thaw", "=1"]),
+        ("gpt", {"plan": ONE, "process_group_backend": "nccl"}, {}, ["process_group_backend='nccl'", "gloo"]),
+        ("gpt", {"plan": "/"}, {}, ["plan='/'", "directory"]),
         ("time_major", {"plan": MIXED}, {}, ["[4, 4, 16]", "more than one dimension", "pin one"]),
         ("gpt", {"profile_cache": False}, {"data": {"samples": 0}}, ["no batch"]),
         ("gpt", {"plan": ONE}, {"data": {"samples": 18}, "max_steps": -1}, ["2 samples", "drop_last=True"]),
@@ -215,6 +229,13 @@ def one_after_another(rank: int, folder: str) -> dict[str, Any]:
         trainer.fit_loop.epoch_loop.max_steps = 4
         trainer.fit(second, loader())
         out["trained"] = sum(not torch.equal(before[name], value) for name, value in whole(second).items())
+        staged = Trainer(strategy=AutoHybridParallelStrategy(plan=STAGES), **settings)
+        grouped = MODULES["grouped"]()
+        staged.validate(grouped, loader(32), verbose=False)
+        staged.fit(grouped, loader())
+        staged.fit_loop.epoch_loop.max_steps = 4
+        staged.fit(grouped, loader())
+        out["steps"] = staged.global_step
         out["validated"] = trainer.validate(second, loader(32), verbose=False)[0]["val_loss"]
         fresh = Trainer(strategy=AutoHybridParallelStrategy(profile_cache=False), **settings)
         module = MODULES["gpt"]()
@@ -235,7 +256,7 @@ def test_calls_in_another_order(ranks: Any, tmp_path: Path) -> None:
     results = ranks(4).run(one_after_another, str(tmp_path))
     for result in results:
         assert result["trained"] == len(list(MODULES["gpt"]().parameters()))
-        assert result["validated"] > 0
+        assert result["validated"] > 0 and result["steps"] == 4
         assert "set up for evaluation" in result["refused"]
     told = " ".join(results[0]["warnings"])
     assert "batch normalization" in told
