@@ -154,8 +154,13 @@ def test_budget_too_small(trained: Path) -> None:
     ("option", "value", "words"),
     [
         ("trainer__strategy__init_args__memory_budget", "potatoes", ["memory_budget='potatoes'", "20GiB"]),
-        ("trainer__strategy__init_args__plan", "/nowhere/plan.json", ["/nowhere/plan.json"]),
         ("data__init_args__path", "/nowhere/text", ["path='/nowhere/text'"]),
+        pytest.param(
+            "trainer__strategy__init_args__plan",
+            "/nowhere/plan.json",
+            ["plan='/nowhere/plan.json'"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_wrong_options(trained: Path, option: str, value: str, words: list[str]) -> None:
@@ -244,7 +249,7 @@ def ended(process: subprocess.Popen[str], worker: int) -> str:
     return err
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_killed_rank_ends_the_run(trained: Path, victim: int) -> None:
     """When a process is killed in mid-step the others end with one line, and soon."""
     process, worker = running(trained)
@@ -254,7 +259,7 @@ def test_killed_rank_ends_the_run(trained: Path, victim: int) -> None:
     assert "another process of this run has ended" in err
 
 
-@pytest.mark.parametrize("victim", ["all", "worker"])
+@pytest.mark.parametrize("victim", ["all", pytest.param("worker", marks=pytest.mark.slow)])
 def test_sigterm_ends_the_run_in_good_order(trained: Path, tmp_path: Path, victim: str) -> None:
     """SIGTERM, to every process as a cluster sends it or to one, ends all between two batches, with a checkpoint."""
     options = {"dirpath": str(tmp_path), "save_on_exception": True}

@@ -32,14 +32,14 @@ def same(actual: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e
 @pytest.mark.parametrize(
     ("plan", "options"),
     [
-        (PIPELINE, {}),
+        pytest.param(PIPELINE, {}, marks=pytest.mark.slow),
         (PIPELINE, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.05}),
         (FLAT, {"accumulate_grad_batches": 3, "gradient_clip_val": 0.05}),
         (DEEP, {"gradient_clip_val": 0.001, "gradient_clip_algorithm": "value"}),
         (PIPELINE, {"module": "grouped", "gradient_clip_val": 0.05}),
         (DEEP, {"module": "grouped", "module_options": {"frozen": 2}}),
         (PIPELINE, {"module": "stepwise"}),
-        (PIPELINE, {"module": "captured"}),
+        pytest.param(PIPELINE, {"module": "captured"}, marks=pytest.mark.slow),
         (PLAIN_MIXED, {"module": "blocks", "gradient_clip_val": 0.05}),
         (PLAIN_DP, {"module": "blocks", "accumulate_grad_batches": 2, "gradient_clip_val": 0.05}),
     ],
@@ -115,7 +115,7 @@ def test_resume_under_any_plan(ranks: Any, tmp_path: Any) -> None:
     assert back["losses"] == pytest.approx(on_one["losses"], rel=1e-5)
 
 
-@pytest.mark.parametrize("module", ["grouped", "stepwise"])
+@pytest.mark.parametrize("module", [pytest.param("grouped", marks=pytest.mark.slow), "stepwise"])
 def test_resume_with_groups_of_all_stages(ranks: Any, tmp_path: Any, module: str) -> None:
     """Groups in another order than the model, empty ones and stages that train nothing resume anywhere."""
     from lightning_hetu.parallel.checkpoint import consolidate

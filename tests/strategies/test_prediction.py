@@ -24,7 +24,7 @@ def check(ranks: Any, profiled: Any, plan: Any, accumulate: int = 1) -> None:
         assert expected == pytest.approx(actual, rel=0.10), f"stage {stage}: predicted {expected}, measured {actual}"
 
 
-@pytest.mark.parametrize("name", ["pp2 x dp2, mixed", "zero3, 2 microbatches", "tp2 x dp2, recompute"])
+@pytest.mark.parametrize("name", ["pp2 x dp2, mixed", "zero3, 2 microbatches"])
 def test_peak_memory_is_predicted_to_10_percent(ranks: Any, profiled: Any, name: str) -> None:
     """Every stage's peak in a real training step is within 10 % of the prediction."""
     check(ranks, profiled, PLANS[name])
