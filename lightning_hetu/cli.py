@@ -29,7 +29,7 @@ from lightning_hetu.strategies.auto import AutoHybridParallelStrategy
 _DESCRIPTION = """Trains and runs a LightningModule under an automatically planned mix of parallelism. One more command
 needs no configuration: lightning-hetu consolidate FOLDER FILE writes a checkpoint folder as one file for a plain
 Trainer."""
-_PATIENCE = 3.0
+_PATIENCE = 6.0
 _REFUSED_OPTION = re.compile(r"^\s*- (\w+=.*: expected .*)$", re.MULTILINE)
 _LOST_RANK = re.compile(r"connection (was )?(closed|reset)|broken pipe|socket timeout|timed out waiting", re.IGNORECASE)
 
