@@ -14,6 +14,11 @@ os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
 import pytest
 import torch
 
+# Triton reads this when a kernel is defined: without a GPU, kernels run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # triton 3.9 warns where it is unset
+
 from tests._ranks import RankPool
 
 torch.set_num_threads(1)

@@ -1,0 +1,1 @@
+"""Row operators: normalization, activations, padding removal, rotary embedding."""
