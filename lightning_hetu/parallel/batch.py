@@ -68,12 +68,12 @@ def training_microbatches(plan: HybridPlan, samples: int) -> int:
     Raises:
         ValueError: If the batch does not divide into them and their data-parallel shards.
     """
-    degrees = largest_dp(plan)
-    unit = plan.num_microbatches * degrees
+    dp = largest_dp(plan)
+    unit = plan.num_microbatches * dp
     if samples % unit:
         raise ValueError(
             f"a training batch of {samples} samples does not divide into {plan.num_microbatches} microbatches of"
-            f" {degrees} data-parallel shards: give the dataloader a batch_size that is a multiple of {unit}, and"
+            f" {dp} data-parallel shards: give the dataloader a batch_size that is a multiple of {unit}, and"
             " drop_last=True."
         )
     return plan.num_microbatches
@@ -90,11 +90,11 @@ def evaluation_microbatches(plan: HybridPlan, samples: int) -> int:
     Raises:
         ValueError: If the batch does not divide over the data-parallel ranks at all.
     """
-    degrees = largest_dp(plan)
+    dp = largest_dp(plan)
     for count in range(plan.num_microbatches, 0, -1):
-        if samples % (count * degrees) == 0:
+        if samples % (count * dp) == 0:
             return count
     raise ValueError(
-        f"a batch of {samples} samples does not divide into {degrees} data-parallel shards: use a batch_size that is a"
-        f" multiple of {degrees}."
+        f"a batch of {samples} samples does not divide into {dp} data-parallel shards: use a batch_size that is a"
+        f" multiple of {dp}."
     )

@@ -37,6 +37,11 @@ METADATA_FILE = "meta.pt"
 PLAN_FILE = "plan.json"
 PARAMETER_GROUPS_KEY = "hetu_parameter_groups"
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True, cpu_offload=True)
+_OTHER_GROUPS = (
+    "the checkpoint's optimizer has other parameter groups than this module configures: load it with ckpt_path on a"
+    " module that configures the same, or load only its weights. Where a callback has added groups, it must add them"
+    " again in its on_fit_start."
+)
 
 
 class DamagedCheckpointError(ValueError):
@@ -178,6 +183,23 @@ def load_folder(
                 set_optimizer_state_dict(module, optimizer, entries, options=_OPTIONS)
 
 
+def check_parameter_groups(saved: Sequence[GroupNames] | None, names: Sequence[GroupNames] | None) -> None:
+    """Refuses a checkpoint folder whose optimizers have other parameter groups; their states would be left out.
+
+    Args:
+        saved: Parameter names over the whole model in the checkpoint, from its metadata; ``None`` if they are unknown.
+        names: The same now.
+
+    Raises:
+        ValueError: If a group has come, gone, or changed its parameters.
+    """
+    if saved is None or names is None:
+        return
+    before, now = ([[set(group) for group in groups] for groups in optimizers] for optimizers in (saved, names))
+    if before != now:
+        raise ValueError(_OTHER_GROUPS)
+
+
 def _empty_groups(optimizer: Optimizer, names: GroupNames | None) -> Iterator[tuple[dict[str, Any], str, str]]:
     """Each option of each group without parameters here, and the entry in which another rank has saved it."""
     for group, members in zip(optimizer.param_groups, names or (), strict=names is not None):
@@ -231,10 +253,7 @@ def load_full(
         plain = checkpoint["optimizer_states"][index]
         groups = names[index]
         if [len(group["params"]) for group in plain["param_groups"]] != [len(group) for group in groups]:
-            raise ValueError(
-                "the checkpoint's optimizer has other parameter groups than this module configures: load it with"
-                " ckpt_path on a module that configures the same, or load only its weights."
-            )
+            raise ValueError(_OTHER_GROUPS)
         local = {name for name, _ in module.named_parameters()}
         state: dict[str, Any] = {}
         param_groups: list[dict[str, Any]] = []
@@ -390,21 +409,32 @@ def parameter_groups(
         module: This rank's part of the model.
         optimizers: Its optimizers; the groups must be the same on every rank.
         all_names: Parameter names of the whole model, in order.
-        known: What the optimizers had over the whole model when they were made; used unless they have changed since.
+        known: What the optimizers had over the whole model when they were made; used for the groups that are still so.
+
+    Raises:
+        ValueError: If ranks have different numbers of groups.
     """
     names = {parameter: name for name, parameter in module.named_parameters()}
     own = [[[names[p] for p in group["params"]] for group in opt.param_groups] for opt in optimizers]
     gathered: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(gathered, own)
-    if known is not None and all(_parts_of(known, rank) for rank in gathered):
-        return list(known)
+    counts = {tuple(map(len, rank)) for rank in gathered}
+    if len(counts) > 1:
+        raise ValueError(
+            f"the optimizers have {' or '.join(map(str, sorted(counts)))} parameter groups, depending on the pipeline"
+            " stage: where a group is added later, add it in every stage, without parameters if need be."
+        )
     position = {name: index for index, name in enumerate(all_names)}
     merged: list[GroupNames] = []
     for index, optimizer in enumerate(own):
+        before = known[index] if known is not None else []
         groups = []
         for group in range(len(optimizer)):
             parts = [rank[index][group] for rank in gathered]
             members = {name for part in parts for name in part}
+            if group < len(before) and members == set(before[group]) and all(_is_part(p, before[group]) for p in parts):
+                groups.append(before[group])
+                continue
             if all(set(part) == members for part in parts):
                 groups.append(parts[0])  # one stage: the order of the optimizer itself
                 continue
@@ -415,12 +445,10 @@ def parameter_groups(
     return merged
 
 
-def _parts_of(known: Sequence[GroupNames], own: Sequence[GroupNames]) -> bool:
-    """Whether every group of a rank is part of the known one, in its order."""
-    if [len(groups) for groups in known] != [len(groups) for groups in own]:
-        return False
-    pairs = [pair for whole, part in zip(known, own, strict=True) for pair in zip(whole, part, strict=True)]
-    return all([name for name in whole if name in set(part)] == part for whole, part in pairs)
+def _is_part(part: Sequence[str], whole: Sequence[str]) -> bool:
+    """Whether a rank has its parameters of a group in the order of the whole group."""
+    own = set(part)
+    return [name for name in whole if name in own] == list(part)
 
 
 def _plain_optimizer_state(flat: Mapping[str, Any], names: Sequence[Sequence[str]]) -> dict[str, Any]:

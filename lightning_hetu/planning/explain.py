@@ -30,7 +30,8 @@ def explain(plan: HybridPlan) -> str:
 
 def _header(plan: HybridPlan) -> list[str]:
     stages, world = plan.pipeline_parallel_size, plan.world_size
-    blocks = f"{stages} stage{'s' * (stages > 1)} of {_join(sorted(set(plan.stages)))} blocks"
+    sizes = sorted(set(plan.stages))
+    blocks = f"{stages} stage{'s' * (stages > 1)} of {_join(sizes)} block{'s' * (sizes[-1] > 1)}"
     if stages > 1:
         blocks += f", schedule {plan.schedule}"
     lines = [

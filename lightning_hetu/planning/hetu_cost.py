@@ -14,7 +14,7 @@ Follows the estimator of Galvatron (arXiv 2211.13878, section 3.3) and differs w
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import gcd
 
 from lightning_hetu.planning.cluster import ClusterSpec
@@ -32,9 +32,9 @@ class HetuConstants:
     2.13 (CPU, gloo, 4 ranks, 6 equal blocks, AdamW; fp32 and bf16 compute) to within 3 percent.
 
     Args:
-        gathered_ratio: Bytes of a gathered parameter per byte of parameter, by precision. The executor computes in
-            bf16 by autocast and gathers what is stored; with FSDP's own mixed precision it would be 0.5.
-        reduced_ratio: Bytes of a full-size gradient in reduction and accumulation per byte of parameter, by precision.
+        gathered_ratio: Bytes of a gathered parameter per byte of parameter. The executor computes in bf16 by autocast
+            and gathers what is stored; with FSDP's own mixed precision it would be 0.5.
+        reduced_ratio: Bytes of a full-size gradient in reduction and accumulation per byte of parameter.
         zero3_forward_gather: Gathered sizes alive in a ``zero3`` forward: its own copy and the flat buffers of this and
             the previous gather.
         zero2_forward_gather: The same for ``zero2`` on top of the copy it keeps.
@@ -61,12 +61,8 @@ class HetuConstants:
         optimizer_seconds_per_byte: Seconds of the optimizer step per byte of local parameters.
     """
 
-    gathered_ratio: dict[str, float] = field(
-        default_factory=lambda: {"32-true": 1.0, "bf16-mixed": 1.0, "bf16-true": 1.0, "16-true": 1.0}
-    )
-    reduced_ratio: dict[str, float] = field(
-        default_factory=lambda: {"32-true": 1.0, "bf16-mixed": 1.0, "bf16-true": 1.0, "16-true": 1.0}
-    )
+    gathered_ratio: float = 1.0
+    reduced_ratio: float = 1.0
     zero3_forward_gather: float = 3.0
     zero2_forward_gather: float = 2.0
     zero3_backward_gather: float = 2.0
@@ -107,8 +103,8 @@ class HetuCostModel(CostModel):
         self.pipeline = profile.pipeline
         self.microbatches = profile.microbatches
         self.split_vocab = profile.split_vocab
-        self._gathered = self.constants.gathered_ratio[profile.precision]
-        self._reduced = self.constants.reduced_ratio[profile.precision]
+        self._gathered = self.constants.gathered_ratio
+        self._reduced = self.constants.reduced_ratio
         self._memory_cache: dict[object, RowMemory] = {}
 
     def layer(self, row: int) -> LayerProfile:

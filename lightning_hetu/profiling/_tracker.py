@@ -97,8 +97,8 @@ class StorageTracker(TorchDispatchMode):
         key = _storage_key(tensor)
         return None if key is None else self._living.get(key)
 
-    def curve(self, tp: int, exclude: set[int], start: int = 0, end: int | None = None) -> list[float]:
-        """Live bytes after every event up to ``end``, from the one before ``start`` on."""
+    def curve(self, tp: int, exclude: set[int], end: int) -> list[float]:
+        """Live bytes at the start and after each of the first ``end`` events, without the storages in ``exclude``."""
 
         def size(index: int) -> float:
             if index in exclude or (self.only_parallel[index] and tp == 1):
@@ -106,7 +106,7 @@ class StorageTracker(TorchDispatchMode):
             return self.nbytes[index] / tp if self.split[index] else float(self.nbytes[index])
 
         steps = (sign * size(index) for index, sign in self.events[:end])
-        return list(accumulate(steps, initial=0.0))[start:]
+        return list(accumulate(steps, initial=0.0))
 
     def _register(self, tensor: Tensor, split: bool, inputs: set[int | None]) -> None:
         key = _storage_key(tensor)
@@ -170,10 +170,10 @@ def trace_memory(case: LayerCase, samples: int) -> dict[int, LayerMemory]:
     case.clear_gradients()
     memory = {}
     for tp in case.tp_degrees:
-        live = tracker.curve(tp, exclude, 0, end)
+        live = tracker.curve(tp, exclude, end)
         kept = live[middle]
         fullest = max(range(middle, len(live)), key=live.__getitem__)
-        there = tracker.curve(tp, others, 0, end)[fullest]
+        there = tracker.curve(tp, others, end)[fullest]
         memory[tp] = LayerMemory(kept, max(live[: middle + 1]) - kept, live[fullest] - kept, there)
     return memory
 

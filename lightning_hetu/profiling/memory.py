@@ -29,6 +29,9 @@ class MemoryMeter:
     Tensors that are alive at the start are given as ``tensors``: they form ``baseline``, and where they are freed
     meanwhile the peak knows. Tensors made before the first use and not given count as zero, also when they are freed.
 
+    After exit ``peak`` is the most bytes alive beyond ``baseline`` at any moment, and ``kept`` are those still alive.
+    A meter is used once.
+
     Example::
 
         with MemoryMeter(device, tensors=[*model.parameters(), *optimizer_states]) as meter:
@@ -58,7 +61,7 @@ class MemoryMeter:
 
     @property
     def total(self) -> int:
-        """``baseline`` plus ``peak``: the most bytes alive at any moment. ``kept`` are those left on exit."""
+        """``baseline`` plus ``peak``: the most bytes alive at any moment."""
         return self.baseline + self.peak
 
     def __enter__(self) -> MemoryMeter:

@@ -26,6 +26,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torchmetrics import Metric
 
 from lightning_hetu.parallel.clip import clip_gradients_by_norm
+from lightning_hetu.planning.plan import HybridPlan
 
 
 def setup_processes(strategy: ModelParallelStrategy) -> None:
@@ -117,15 +118,17 @@ def configure_optimizers_early(
     return configured
 
 
-def unsupported_callback(trainer: Trainer, stages: int) -> str | None:
+def unsupported_callback(trainer: Trainer, plan: HybridPlan) -> str | None:
     """Why a callback of this Trainer cannot run on parameters that are distributed tensors."""
+    meshes = {(row.dp, row.tp, row.dp_type == "ddp") for _, row in plan.rows()}
+    alike = len(meshes) == 1 and plan.pipeline_parallel_size == 1 and plan.embedding.tp == 1
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
             return f"{type(callback).__name__} averages whole parameters, which no process has here: remove it."
-        if isinstance(callback, BaseFinetuning) and stages > 1:
+        if isinstance(callback, BaseFinetuning) and not alike:
             return (
-                f"{type(callback).__name__} compares parameters one by one, and pipeline stages have other ones:"
-                " pin pipeline_parallel_size=1."
+                f"{type(callback).__name__} compares parameters one by one, which only works where all are sharded"
+                " alike: pin pipeline_parallel_size=1, max_tp=1 and dp_type='zero3'."
             )
     return None
 

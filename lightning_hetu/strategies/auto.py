@@ -210,7 +210,7 @@ class AutoHybridParallelStrategy(ModelParallelStrategy):
             rank_zero_info(f"evaluation without a plan: parameters are sharded over all {self.world_size} devices")
         torch.set_rng_state(random_state)
         check_plan_fits_model(plan, self._structure, module)
-        problem = compat.unsupported_callback(trainer, plan.pipeline_parallel_size)
+        problem = compat.unsupported_callback(trainer, plan)
         if problem is not None and compat.is_fitting(trainer):
             raise ValueError(problem)
         self.plan = plan
@@ -426,8 +426,10 @@ class AutoHybridParallelStrategy(ModelParallelStrategy):
             return self._load_file(path, weights_only, strict)
         names = self._parameter_groups() if self.optimizers else None
         ckpt.load_folder(self.lightning_module, self.optimizers, path, names, strict=strict)
+        metadata = ckpt.load_metadata(path, weights_only)
+        ckpt.check_parameter_groups(metadata.get(ckpt.PARAMETER_GROUPS_KEY), names)
         self._tell_what_changed(path / ckpt.PLAN_FILE)
-        return ckpt.load_metadata(path, weights_only)
+        return metadata
 
     def _tell_what_changed(self, plan_file: Path) -> None:
         if not plan_file.is_file() or self.plan is None:

@@ -176,3 +176,28 @@ def test_consolidated_file_has_plain_tensors_under_plain_names(
         ckpt.consolidate(saved[0], file)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         ckpt.consolidate(tmp_path / "nothing", tmp_path / "two.ckpt")
+
+
+def name_groups(rank: int, adds: list[bool]) -> Any:
+    """Names of the groups of a model with one layer per rank, before and after some ranks add a group."""
+    stage = torch.nn.ModuleDict({f"layer{rank}": torch.nn.Linear(2, 2)})
+    layer = stage[f"layer{rank}"]
+    optimizer = torch.optim.SGD([{"params": [layer.weight]}])
+    known = [[["layer1.weight", "layer0.weight"]]]
+    names = [f"layer{index}.{kind}" for index in range(2) for kind in ("weight", "bias")]
+    before = ckpt.parameter_groups(stage, [optimizer], names, known)
+    if adds[rank]:
+        optimizer.add_param_group({"params": [layer.bias]})
+    try:
+        return before, ckpt.parameter_groups(stage, [optimizer], names, known)
+    except ValueError as error:
+        return before, str(error)
+
+
+def test_a_group_that_is_added_later_leaves_the_others_known(ranks: Any) -> None:
+    """Groups that were there keep the order of the optimizer; the new one has that of the model; all stages need it."""
+    first, added = ["layer1.weight", "layer0.weight"], ["layer0.bias", "layer1.bias"]
+    for before, after in ranks(2).run(name_groups, [True, True]):
+        assert before == [[first]] and after == [[first, added]]
+    for _, message in ranks(2).run(name_groups, [False, True]):
+        assert "(1,) or (2,) parameter groups" in message and "in every stage" in message

@@ -49,7 +49,7 @@ def test_peaks_agree_with_traces_of_fsdp2(strategy: str, mixed: bool, measured: 
     """Within three percent of what FSDP2 of torch 2.13 allocates; mixed is FSDP's own bf16 with fp32 reduction."""
     profile = blocks(LayerProfile("block", MIB), precision="bf16-mixed" if mixed else "32-true")
     plan = HybridPlan.uniform(strategy, num_layers=6, global_batch_size=4)
-    constants = HetuConstants(gathered_ratio={"32-true": 1.0, "bf16-mixed": 0.5})
+    constants = HetuConstants(gathered_ratio=0.5 if mixed else 1.0)
     peak = evaluate(plan, profile, cluster(), constants=constants).stage_memory[0]
     assert peak / MIB == pytest.approx(measured, rel=0.03)
 

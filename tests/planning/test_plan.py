@@ -143,6 +143,8 @@ def test_a_plan_by_hand_is_explained_without_numbers() -> None:
     assert "written by hand" in text
     assert "blocks 0-1" in text and "dp2 tp2 zero2 recompute" in text and "memory" not in text
     assert "2 stages of 2 or 3 blocks" in text
+    small = HybridPlan.uniform("dp1", num_layers=2, global_batch_size=2, stages=2, num_microbatches=2)
+    assert "2 stages of 1 block," in small.explain()
 
 
 def test_long_alternatives_are_wrapped() -> None:

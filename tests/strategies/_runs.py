@@ -79,16 +79,40 @@ class Losses(Callback):
         self.values.append(float(loss) * trainer.accumulate_grad_batches)
 
 
-def gpt(**options: Any) -> GPTLightningModule:
-    sizes = {"vocab_size": VOCABULARY, "max_seq_len": LENGTH, "num_layers": 4, "num_heads": 4, "dim": 32}
-    return GPTLightningModule(**{**sizes, "lr_schedule": "constant", **options})
+class Thawing(Callback):
+    """From the second epoch on trains the embedding too, in a parameter group of its own; or from where it resumes."""
+
+    def __init__(self, resumes: bool = False) -> None:
+        self.resumes = resumes
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if self.resumes:
+            self.thaw(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.current_epoch == 1:
+            self.thaw(trainer, pl_module)
+
+    def thaw(self, trainer: Trainer, pl_module: Any) -> None:
+        parameters = [p for name, p in pl_module.named_parameters() if "embedding" in name]  # none in later stages
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        trainer.optimizers[0].add_param_group({"params": parameters, "lr": 1e-3})
 
 
-class Grouped(GPTLightningModule):
+class Small(GPTLightningModule):
+    """The GPT of all these runs."""
+
+    def __init__(self, **options: Any) -> None:
+        sizes = {"vocab_size": VOCABULARY, "max_seq_len": LENGTH, "num_layers": 4, "num_heads": 4, "dim": 32}
+        super().__init__(**{**sizes, "lr_schedule": "constant", **options})
+
+
+class Grouped(Small):
     """Picks parameters layer by layer, from every stage, the last layers first, and trains no embedding."""
 
     def __init__(self, frozen: int = 0) -> None:
-        super().__init__(vocab_size=VOCABULARY, max_seq_len=LENGTH, num_layers=4, num_heads=4, dim=32)
+        super().__init__()
         self.model.embedding.requires_grad_(False)
         for block in self.model.blocks[:frozen]:
             block.requires_grad_(False)
@@ -137,7 +161,7 @@ class Captured(Grouped):
         return self.Signs(p for p in self.parameters() if p.requires_grad)
 
 
-MODULES = {"gpt": gpt, "blocks": Blocks, "grouped": Grouped, "stepwise": Stepwise, "captured": Captured}
+MODULES = {"gpt": Small, "blocks": Blocks, "grouped": Grouped, "stepwise": Stepwise, "captured": Captured}
 
 
 def plan_of(text: str, world: int, stages: tuple[int, ...], microbatches: int = 1, batch: int = SAMPLES) -> HybridPlan:
@@ -178,6 +202,7 @@ def train(
     kind, ckpt_path = options.pop("module", "gpt"), options.pop("ckpt_path", None)
     shuffle, evaluate = options.pop("shuffle", True), options.pop("evaluate", True)
     strategy_options = options.pop("strategy", {})
+    callbacks = options.pop("callbacks", [])
     module_options, save = options.pop("module_options", {}), options.pop("save", False)
     seed_everything(1, verbose=False)
     module = MODULES[kind](**module_options)
@@ -191,7 +216,7 @@ def train(
         "logger": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
-        "callbacks": [losses, checkpoint, EarlyStopping("val_loss", patience=3)],
+        "callbacks": [losses, checkpoint, EarlyStopping("val_loss", patience=3), *callbacks],
         "default_root_dir": folder,
         **options,
     }

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.strategies._runs import plan_of, train
+from tests.strategies._runs import Thawing, plan_of, train
 
 PIPELINE = plan_of("dp2-zero3 dp2 tp2 dp2-zero2-recompute dp2-zero3 tp2", 4, (2, 2), 4)
 FLAT = plan_of("dp4-zero3 dp4 tp4 dp4-zero2-recompute dp2-tp2-zero3 dp2-tp2", 4, (4,), 2)
@@ -131,3 +131,24 @@ def test_resume_with_groups_of_all_stages(ranks: Any, tmp_path: Any, module: str
     again = ranks(4).run(train, str(tmp_path / "again"), DEEP, options)[0]
     for resumed in (plain, again):
         assert resumed["losses"] == pytest.approx(many["losses"][6:], rel=1e-5)
+
+
+def test_groups_that_a_callback_adds(ranks: Any, tmp_path: Any) -> None:
+    """They train as on one device, and are resumed under another plan and on one device where they are added again."""
+    from lightning_hetu.parallel.checkpoint import consolidate
+
+    options = {"module": "grouped", "callbacks": [Thawing()], "max_epochs": 3, "limit_train_batches": 2}
+    options |= {"evaluate": False, "shuffle": False}
+    expected = train(0, str(tmp_path / "one"), None, options)
+    many = ranks(4).run(train, str(tmp_path / "many"), PIPELINE, options)
+    for actual in many:
+        same(actual, expected)
+    saved = tmp_path / "many" / "epoch=1.ckpt"
+    one_file = consolidate(saved, tmp_path / "one.ckpt")
+    options |= {"callbacks": [Thawing(resumes=True)], "ckpt_path": str(saved)}
+    resumed = ranks(4).run(train, str(tmp_path / "flat"), FLAT, options)[0]
+    plain = train(0, str(tmp_path / "plain"), None, {**options, "ckpt_path": str(one_file)})
+    for actual in (resumed, plain):
+        assert actual["losses"] == pytest.approx(expected["losses"][4:], rel=1e-5)
+    with pytest.raises(RuntimeError, match="other parameter groups"):
+        ranks(4).run(train, str(tmp_path / "frozen"), FLAT, {**options, "callbacks": []})

@@ -12,10 +12,9 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging
 
-from lightning_hetu.models import GPTLightningModule
 from lightning_hetu.planning import HybridPlan
 from lightning_hetu.strategies.auto import AutoHybridParallelStrategy
-from tests.strategies._runs import MODULES, loader, plan_of, train, whole
+from tests.strategies._runs import MODULES, Small, loader, plan_of, train, whole
 
 
 def fit(rank: int, folder: str, kind: str, strategy: dict[str, Any], trainer: dict[str, Any]) -> Any:
@@ -88,19 +87,11 @@ class Manual(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-class Forgetful(GPTLightningModule):
+class Forgetful(Small):
     """Has pipeline support and does not use it."""
-
-    def __init__(self) -> None:
-        super().__init__(vocab_size=32, max_seq_len=16, num_layers=4, num_heads=4, dim=32)
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         return next(self.parameters()).sum()
-
-
-class Small(GPTLightningModule):
-    def __init__(self) -> None:
-        super().__init__(vocab_size=32, max_seq_len=16, num_layers=4, num_heads=4, dim=32)
 
 
 class Thaw(BaseFinetuning):
@@ -108,7 +99,7 @@ class Thaw(BaseFinetuning):
         self.freeze(pl_module.model.embedding)
 
     def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
-        return None
+        self.unfreeze_and_add_param_group(pl_module.model.embedding, optimizer)
 
 
 class Loose(Small):
@@ -184,7 +175,8 @@ ONE = plan_of("dp4 dp4 dp4 dp4 dp4 dp4", 4, (4,))
         ("repeated", {"plan": ONE}, {}, ["more than once", "model.blocks.0"]),
         ("lbfgs", {"plan": ONE}, {}, ["LBFGS"]),
         ("gpt", {"plan": ONE}, {"callbacks": [StochasticWeightAveraging(1e-2)]}, ["StochasticWeightAveraging"]),
-        ("gpt", {"plan": STAGES}, {"callbacks": [Thaw()]}, ["Thaw", "=1"]),
+        ("gpt", {"plan": STAGES}, {"callbacks": [Thaw()]}, ["Thaw", "pipeline_parallel_size=1"]),
+        ("gpt", {"plan": MIXED}, {"callbacks": [Thaw()]}, ["Thaw", "max_tp=1"]),
         ("gpt", {"plan": ONE, "process_group_backend": "nccl"}, {}, ["process_group_backend='nccl'", "gloo"]),
         ("gpt", {"plan": "/"}, {}, ["plan='/'", "directory"]),
         ("time_major", {"plan": MIXED}, {}, ["[4, 4, 16]", "more than one dimension", "pin one"]),
@@ -201,6 +193,15 @@ def test_what_cannot_be_is_one_line(
         assert isinstance(message, str), "it was accepted"
         assert "\n" not in message
         assert all(word in message for word in words), message
+
+
+def test_finetuning_where_all_layers_are_sharded_alike(ranks: Any, tmp_path: Path) -> None:
+    """Lightning's callback may then compare parameters, and what it adds to the optimizer is trained."""
+    plan = plan_of("dp4-zero3 dp4-zero2 dp4-zero3 dp4-zero3 dp4-zero3 dp4-zero3", 4, (4,))
+    torch.manual_seed(0)
+    before = whole(MODULES["grouped"]())
+    for result in ranks(4).run(fit, str(tmp_path), "grouped", {"plan": plan}, {"callbacks": [Thaw()]}):
+        assert not any(torch.equal(weight, result["weights"][name]) for name, weight in before.items())
 
 
 class Normed(MODULES["blocks"]):  # type: ignore[misc]
@@ -256,7 +257,7 @@ def test_calls_in_another_order(ranks: Any, tmp_path: Path) -> None:
     results = ranks(4).run(one_after_another, str(tmp_path))
     for result in results:
         assert result["trained"] == len(list(MODULES["gpt"]().parameters()))
-        assert result["validated"] > 0 and result["steps"] == 4
+        assert result["validated"] == pytest.approx(results[0]["validated"], rel=1e-6) and result["steps"] == 4
         assert "set up for evaluation" in result["refused"]
     told = " ".join(results[0]["warnings"])
     assert "batch normalization" in told
