@@ -12,18 +12,47 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from hetu_kernels.attention.varlen import varlen_attention
+    from hetu_kernels.loss.linear_cross_entropy import linear_cross_entropy
+    from hetu_kernels.norm_act.bias_gelu import bias_gelu
     from hetu_kernels.norm_act.layernorm import add_layer_norm, layer_norm
+    from hetu_kernels.norm_act.pack import PaddingLayout, pack, padding_layout, unpack
     from hetu_kernels.norm_act.rmsnorm import add_rms_norm, rms_norm
+    from hetu_kernels.norm_act.rotary import rotary
+    from hetu_kernels.norm_act.swiglu import swiglu
 
 # Public name and the module that has it.
 _EXPORTS = {
     "add_layer_norm": "norm_act.layernorm",
     "add_rms_norm": "norm_act.rmsnorm",
+    "bias_gelu": "norm_act.bias_gelu",
     "layer_norm": "norm_act.layernorm",
+    "linear_cross_entropy": "loss.linear_cross_entropy",
+    "pack": "norm_act.pack",
+    "padding_layout": "norm_act.pack",
+    "PaddingLayout": "norm_act.pack",
     "rms_norm": "norm_act.rmsnorm",
+    "rotary": "norm_act.rotary",
+    "swiglu": "norm_act.swiglu",
+    "unpack": "norm_act.pack",
+    "varlen_attention": "attention.varlen",
 }
 
-__all__ = ["add_layer_norm", "add_rms_norm", "layer_norm", "rms_norm"]
+__all__ = [
+    "PaddingLayout",
+    "add_layer_norm",
+    "add_rms_norm",
+    "bias_gelu",
+    "layer_norm",
+    "linear_cross_entropy",
+    "pack",
+    "padding_layout",
+    "rms_norm",
+    "rotary",
+    "swiglu",
+    "unpack",
+    "varlen_attention",
+]
 
 
 def __getattr__(name: str) -> Any:

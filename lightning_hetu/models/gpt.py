@@ -134,12 +134,20 @@ class GPTEmbedding(nn.Module):
         return self.token(tokens) + self.position(torch.arange(length, device=tokens.device))
 
 
+def dot_product_attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> Tensor:
+    """torch's attention; ``[batch, heads, sequence, head_dim]`` in and out."""
+    return F.scaled_dot_product_attention(query, key, value, is_causal=causal)
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head attention in which a token sees itself and those before it.
 
     Args:
         config: Sizes of the model.
     """
+
+    # Exchangeable: `hetu_kernels.integrate.use_kernels` puts a kernel here.
+    attention_function = staticmethod(dot_product_attention)
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -157,7 +165,7 @@ class CausalSelfAttention(nn.Module):
             linear(x).view(batch, length, -1, self.head_dim).transpose(1, 2)
             for linear in (self.query, self.key, self.value)
         )
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        mixed = self.attention_function(query, key, value, causal=True)
         return self.out(mixed.transpose(1, 2).reshape(batch, length, -1))
 
 
@@ -171,11 +179,12 @@ class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.up = NormalLinear(config.dim, config.mlp_hidden)
+        self.activation = nn.GELU()
         self.down = NormalLinear(config.mlp_hidden, config.dim, scale=_branch_output_scale(config))
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform each position; ``[batch, sequence, dim]`` in and out."""
-        return self.down(F.gelu(self.up(x)))
+        return self.down(self.activation(self.up(x)))
 
 
 class GPTBlock(nn.Module):

@@ -21,6 +21,12 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.fixture
+def reference_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Operators run their references, kernels are not interpreted."""
+    monkeypatch.setenv("LIGHTNING_HETU_KERNELS", "reference")
+
+
 def aot(folder: Path, *arguments: str) -> tuple[list[dict[str, Any]], str]:
     """Run ``python -m hetu_kernels.aot`` in a process that does not interpret; its rows, and what it calls problems."""
     report = folder / "aot.json"

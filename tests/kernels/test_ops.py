@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from hetu_kernels._common.registry import Case, OpSpec, op_names, op_spec
-from hetu_kernels._common.testing import check_case, embed, run
+from hetu_kernels._common.testing import check_case, embed, poison, run
 
 OPS = op_names()
 
@@ -27,11 +27,6 @@ def cases() -> Iterator[Any]:
             for dtype in case.dtypes:
                 marks = [pytest.mark.slow] if case.slow else []
                 yield pytest.param(op_spec(name), case, dtype, id=f"{name}-{case.name}-{dtype}", marks=marks)
-
-
-@pytest.fixture
-def reference_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LIGHTNING_HETU_KERNELS", "reference")
 
 
 @pytest.mark.interpret
@@ -150,6 +145,33 @@ def test_meta_and_fake_tensors_have_the_shapes_of_real_ones(name: str, device: t
             assert {k: (t.shape, t.dtype) for k, t in ours.items()} == {
                 k: (t.shape, t.dtype) for k, t in theirs.items()
             }
+
+
+def _every_second(tensor: Tensor) -> Tensor:
+    """The same values, with stride 2 in the last dimension and poison between them."""
+    if tensor.dim() == 0 or tensor.shape[-1] == 0:
+        return tensor
+    wide = torch.full((*tensor.shape[:-1], 2 * tensor.shape[-1]), poison(tensor.dtype), dtype=tensor.dtype)
+    view = wide.to(tensor.device)[..., ::2]
+    return view.copy_(tensor)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("name", OPS)
+def test_last_dimension_may_have_any_stride(name: str, device: torch.device) -> None:
+    """Every tensor, vectors, integers and incoming gradients included, with stride 2 in its last dimension."""
+    spec = op_spec(name)
+    cotangents: dict[str, Tensor] | None = {} if spec.differentiable else None
+    plain = pytree.tree_map_only(Tensor, lambda t: t.to(device), spec.example(6))
+    strided = pytree.tree_map_only(Tensor, _every_second, plain)
+    plain, strided = (dict(each) for each in (plain, strided))
+    expected = run(spec.function, plain, spec.differentiable, cotangents)
+    apart = {key: _every_second(t) for key, t in cotangents.items()} if cotangents is not None else None
+    actual = run(spec.function, strided, spec.differentiable, apart)
+    for ours, theirs in ((actual.outputs, expected.outputs), (actual.grads, expected.grads)):
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=0)
 
 
 @pytest.mark.interpret

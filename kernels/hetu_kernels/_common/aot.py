@@ -11,12 +11,11 @@ the metadata (the compiler does not enforce its limit), and 32-bit offset produc
 from __future__ import annotations
 
 import functools
-import importlib
 import multiprocessing
 import os
-import pkgutil
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -142,6 +141,8 @@ def compile_all(
     """
     if interpreting():
         raise RuntimeError("TRITON_INTERPRET is set: kernels cannot be compiled. Unset it.")
+    # Read when triton is imported, which warns where it is unset; every compilation here says what it wants.
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     chosen = [op_spec(name).name for name in ops or op_names()]
     names = list(targets or TARGETS)
     for name in names:
@@ -203,26 +204,18 @@ def record(launch: Callable[[], object], target: Target) -> list[Launch]:
 
 
 def jit_functions() -> dict[str, Any]:
-    """Every kernel and device function of the package by qualified name, after importing all of its modules."""
-    import hetu_kernels
-
+    """Every kernel and device function in the package's modules that have been imported, by qualified name."""
     found = {}
-    for info in pkgutil.walk_packages(hetu_kernels.__path__, "hetu_kernels."):
-        if info.name.rsplit(".", 1)[-1].endswith("_kernels") or info.name.startswith(_KERNEL_ROOMS):
-            module = importlib.import_module(info.name)
-            for name, value in vars(module).items():
-                inner = value
-                while hasattr(inner, "fn") and not hasattr(inner, "device_caches"):
-                    inner = inner.fn
-                if hasattr(inner, "device_caches") and inner.fn.__module__ == info.name:
-                    found[f"{info.name}.{name}"] = inner
+    for module_name, module in list(sys.modules.items()):
+        if not module_name.startswith("hetu_kernels."):
+            continue
+        for name, value in list(vars(module).items()):
+            inner = value
+            while hasattr(inner, "fn") and not hasattr(inner, "device_caches"):
+                inner = inner.fn  # an autotuner or heuristics around it
+            if hasattr(inner, "device_caches"):
+                found[f"{module_name}.{name}"] = inner
     return found
-
-
-_KERNEL_ROOMS = tuple(
-    f"hetu_kernels.{room}."
-    for room in ("attention", "norm_act", "loss", "optim", "moe", "embedding", "sparse", "_common")
-)
 
 
 class _StubDriver:

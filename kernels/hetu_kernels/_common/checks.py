@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,17 @@ def same_device(op: str, **tensors: Tensor | None) -> None:
             raise ValueError(
                 f"{op}: {name} is on {tensor.device}, {first[0]} on {first[1].device}. Move one of them to the other."
             )
+
+
+def not_distributed(op: str, **tensors: Tensor | None) -> None:
+    """No tensor may be a DTensor: a kernel sees the local shard only, and would take it for the whole.
+
+    Raises:
+        TypeError: Naming the argument.
+    """
+    for name, tensor in tensors.items():
+        if hasattr(tensor, "to_local"):
+            raise TypeError(f"{op}: {name} is a DTensor, expected a plain tensor: pass {name}.to_local().")
 
 
 def floating(op: str, **tensors: Tensor | None) -> None:
@@ -92,6 +105,11 @@ def one_of(op: str, name: str, value: object, allowed: tuple[object, ...]) -> No
 def last_dim_contiguous(tensor: Tensor) -> Tensor:
     """The tensor itself where its last dimension has stride 1, a contiguous copy otherwise."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def contiguous(*tensors: Tensor | None) -> list[Any]:
+    """Contiguous versions of small tensors (vectors, tables of offsets), which kernels read without strides."""
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
 def rows(tensor: Tensor) -> Tensor:

@@ -6,11 +6,12 @@ people complain about most in other kernel libraries. ``LIGHTNING_HETU_AUTOTUNE=
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import resources
 
@@ -95,6 +96,35 @@ def tuned(
     Returns:
         The configuration. Under the interpreter and while recording it is always the default.
     """
+    chosen = _choose(op, key, device, default, candidates, launch, fits)
+    for seen in _watchers:
+        seen[op] = chosen
+    return chosen
+
+
+_watchers: list[dict[str, Config]] = []
+
+
+@contextlib.contextmanager
+def watching() -> Iterator[dict[str, Config]]:
+    """Inside, the dictionary it gives is filled with the configuration of every matrix kernel, by the kernel's name."""
+    seen: dict[str, Config] = {}
+    _watchers.append(seen)
+    try:
+        yield seen
+    finally:
+        _watchers[:] = [other for other in _watchers if other is not seen]  # equal dictionaries are not the same
+
+
+def _choose(
+    op: str,
+    key: Sequence[object],
+    device: torch.device,
+    default: Config,
+    candidates: Sequence[Config],
+    launch: Callable[[Config], object] | None,
+    fits: Callable[[Config], bool] | None,
+) -> Config:
     arch = _device.arch(device)
     if device.type != "cuda" or _device.interpreting():
         return default

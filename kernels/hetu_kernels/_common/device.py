@@ -134,12 +134,33 @@ def use_triton(tensor: Tensor, *, needs_dot: bool = False) -> bool:
     if wanted == "reference":
         return False
     reason = _why_not(tensor.device, needs_dot)
+    if tensor.dtype == torch.float64:  # a kernel would compute in float32
+        reason = "there is no kernel for float64"
     if reason is None:
         return True
     if wanted == "triton":
         raise RuntimeError(f"{MODE_VARIABLE}=triton, but {reason}. Set it to auto or reference.")
     _tell_once(tensor.device.type, reason)
     return False
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that ``torch.autocast`` asks for on a device; None outside of it."""
+    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+def dot_precision(tensor: Tensor, *, allow_tf32: bool) -> str:
+    """What float32 operands of a matrix product are multiplied in; other dtypes do not care.
+
+    NVIDIA's matrix units know no float32: three products of TF32 parts come near it (``tf32x3``), one is TF32 itself.
+    AMD's know it (``ieee``).
+    """
+    backend = _recording.backend if _recording is not None else "hip" if torch.version.hip is not None else "cuda"
+    if interpreting() or backend == "hip":
+        return "ieee"
+    return "tf32" if allow_tf32 else "tf32x3"
 
 
 @contextlib.contextmanager

@@ -80,12 +80,14 @@ class Benchmark:
         bytes: Bytes that forward and backward must read and write at least, given the arguments; 0 where time is not
             bound by memory.
         flops: Floating-point operations of forward and backward.
+        backward: Time gradients too, where the operator has any; False for the shapes of inference.
     """
 
     name: str
     make: Callable[[torch.device, bool], dict[str, Any]]
     bytes: Callable[[dict[str, Any]], tuple[int, int]] | None = None
     flops: Callable[[dict[str, Any]], tuple[int, int]] | None = None
+    backward: bool = True
 
 
 @dataclass(frozen=True)
@@ -126,8 +128,15 @@ class OpSpec:
 
 # Name of the operator and the module that has its SPEC.
 _SPECS = {
+    "varlen_attention": "hetu_kernels.attention.varlen_spec",
     "add_rms_norm": "hetu_kernels.norm_act.rmsnorm_spec",
     "add_layer_norm": "hetu_kernels.norm_act.layernorm_spec",
+    "linear_cross_entropy": "hetu_kernels.loss.linear_cross_entropy_spec",
+    "bias_gelu": "hetu_kernels.norm_act.bias_gelu_spec",
+    "swiglu": "hetu_kernels.norm_act.swiglu_spec",
+    "rotary": "hetu_kernels.norm_act.rotary_spec",
+    "pack": "hetu_kernels.norm_act.pack_spec",
+    "unpack": "hetu_kernels.norm_act.unpack_spec",
 }
 
 

@@ -156,6 +156,8 @@ def run(
     arguments: dict[str, Any],
     differentiable: Sequence[str],
     cotangents: dict[str, Tensor] | None,
+    *,
+    embedded: bool = False,
 ) -> Run:
     """Call a function and, unless ``cotangents`` is None, differentiate it.
 
@@ -165,6 +167,7 @@ def run(
         differentiable: Names of those whose gradients are wanted; what is no floating tensor is passed over.
         cotangents: Gradients of the outputs by name, filled in for those that are missing; they are converted to the
             dtype of the output.
+        embedded: Give backward gradients that are slices of larger tensors, with poison around them.
     """
     arguments = dict(arguments)
     leaves = {}
@@ -184,12 +187,10 @@ def run(
             if name not in cotangents:
                 generator = torch.Generator().manual_seed(len(name))
                 cotangents[name] = torch.randn(out.shape, generator=generator).to(out.device, torch.float16)
-        given = torch.autograd.grad(
-            list(wanted.values()),
-            list(leaves.values()),
-            [cotangents[name].to(out.dtype) for name, out in wanted.items()],
-            allow_unused=True,
-        )
+        incoming = [cotangents[name].to(out.dtype) for name, out in wanted.items()]
+        if embedded:
+            incoming = [embed(cotangent, contiguous=False) for cotangent in incoming]
+        given = torch.autograd.grad(list(wanted.values()), list(leaves.values()), incoming, allow_unused=True)
         grads = {f"grad of {name}": grad for name, grad in zip(leaves, given, strict=True) if grad is not None}
     return Run({name: out.detach() for name, out in outputs.items()}, grads)
 
@@ -217,7 +218,8 @@ def check_case(spec: OpSpec, case: Case, dtype: torch.dtype, device: torch.devic
     for _ in range(2):
         arguments = pytree.tree_map_only(Tensor, lambda t: embed(t, contiguous=case.contiguous), on_device)
         with guarded_buffers():
-            runs.append(run(spec.function, arguments, names, _moved(cotangents, device)))
+            moved = _moved(cotangents, device)
+            runs.append(run(spec.function, arguments, names, moved, embedded=not case.contiguous))
         for path, leaf in pytree.tree_flatten_with_path(arguments)[0]:
             if isinstance(leaf, Tensor):
                 assert is_poison(surroundings(leaf)), f"a kernel wrote beside {pytree.keystr(path)}"

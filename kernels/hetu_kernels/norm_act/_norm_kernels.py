@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from hetu_kernels._common import alloc
+from hetu_kernels._common.checks import contiguous
 from hetu_kernels._common.checks import rows as as_rows
 from hetu_kernels._common.config import row_config
 from hetu_kernels._common.device import on_device, sm_count
@@ -271,6 +272,7 @@ def launch_norm_forward(
         RMSNorm) and ``rstd``, float32 ``[rows]``.
     """
     n = x.shape[-1]
+    weight, shift, bias = contiguous(weight, shift, bias)
     x_rows = as_rows(x)
     residual_rows = None if residual is None else as_rows(residual)
     count = x_rows.shape[0]
@@ -311,6 +313,7 @@ def launch_norm_backward(
         ``dz`` like ``z``; the gradients of weight, shift and bias, float32 ``[n]`` (empty where there is none).
     """
     n = z.shape[-1]
+    weight, mean, rstd = contiguous(weight, mean, rstd)
     dz = alloc.empty(z.shape, dtype=z.dtype, device=z.device)
     z_rows, dy_rows = as_rows(z), as_rows(dy)
     dz_in_rows = None if dz_in is None else as_rows(dz_in)
