@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from hetu_kernels.attention.decode import paged_decode_attention
     from hetu_kernels.attention.varlen import varlen_attention
     from hetu_kernels.loss.linear_cross_entropy import linear_cross_entropy
     from hetu_kernels.norm_act.bias_gelu import bias_gelu
@@ -20,16 +21,21 @@ if TYPE_CHECKING:
     from hetu_kernels.norm_act.rmsnorm import add_rms_norm, rms_norm
     from hetu_kernels.norm_act.rotary import rotary
     from hetu_kernels.norm_act.swiglu import swiglu
+    from hetu_kernels.optim.adamw import adamw
+    from hetu_kernels.optim.optimizer import AdamW
 
 # Public name and the module that has it.
 _EXPORTS = {
+    "AdamW": "optim.optimizer",
     "add_layer_norm": "norm_act.layernorm",
     "add_rms_norm": "norm_act.rmsnorm",
+    "adamw": "optim.adamw",
     "bias_gelu": "norm_act.bias_gelu",
     "layer_norm": "norm_act.layernorm",
     "linear_cross_entropy": "loss.linear_cross_entropy",
     "pack": "norm_act.pack",
     "padding_layout": "norm_act.pack",
+    "paged_decode_attention": "attention.decode",
     "PaddingLayout": "norm_act.pack",
     "rms_norm": "norm_act.rmsnorm",
     "rotary": "norm_act.rotary",
@@ -39,7 +45,9 @@ _EXPORTS = {
 }
 
 __all__ = [
+    "AdamW",
     "PaddingLayout",
+    "adamw",
     "add_layer_norm",
     "add_rms_norm",
     "bias_gelu",
@@ -47,6 +55,7 @@ __all__ = [
     "linear_cross_entropy",
     "pack",
     "padding_layout",
+    "paged_decode_attention",
     "rms_norm",
     "rotary",
     "swiglu",

@@ -163,6 +163,11 @@ def dot_precision(tensor: Tensor, *, allow_tf32: bool) -> str:
     return "tf32" if allow_tf32 else "tf32x3"
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether launches on a device are being captured into a CUDA graph."""
+    return _recording is None and device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 @contextlib.contextmanager
 def on_device(tensor: Tensor) -> Iterator[None]:
     """Make the tensor's GPU the current one: triton launches there, whichever tensors it is given."""

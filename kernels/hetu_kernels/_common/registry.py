@@ -129,9 +129,11 @@ class OpSpec:
 # Name of the operator and the module that has its SPEC.
 _SPECS = {
     "varlen_attention": "hetu_kernels.attention.varlen_spec",
+    "paged_decode_attention": "hetu_kernels.attention.decode_spec",
     "add_rms_norm": "hetu_kernels.norm_act.rmsnorm_spec",
     "add_layer_norm": "hetu_kernels.norm_act.layernorm_spec",
     "linear_cross_entropy": "hetu_kernels.loss.linear_cross_entropy_spec",
+    "adamw": "hetu_kernels.optim.adamw_spec",
     "bias_gelu": "hetu_kernels.norm_act.bias_gelu_spec",
     "swiglu": "hetu_kernels.norm_act.swiglu_spec",
     "rotary": "hetu_kernels.norm_act.rotary_spec",

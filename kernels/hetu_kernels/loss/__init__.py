@@ -1,0 +1,1 @@
+"""Losses: linear layer and cross entropy in one."""

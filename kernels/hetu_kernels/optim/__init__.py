@@ -1,0 +1,1 @@
+"""Optimizers: one launch for many tensors."""
