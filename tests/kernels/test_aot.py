@@ -43,9 +43,24 @@ def test_default_configurations_do_not_spill_on_sm_90(aot_report: Report) -> Non
     assert [f"{row['kernel']} of {row['call']}" for row in rows if row["target"] == "sm_90" and row["spills"]] == []
 
 
-def test_kernels_compile_without_contraction_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param(("add_rms_norm", "swiglu", "adamw", "--target", "sm_90"), id="a few"),
+        pytest.param(("--all",), id="all", marks=pytest.mark.slow),
+    ],
+)
+def test_kernels_compile_without_contraction_too(arguments: tuple[str, ...], tmp_path: Path) -> None:
     """Triton 3.10 no longer contracts multiply and add by default."""
-    rows, stderr = aot(tmp_path, "--fp-fusion", "0", "--target", "sm_90")
+    rows, stderr = aot(tmp_path, "--fp-fusion", "0", *arguments)
+    assert not [line for line in stderr.splitlines() if line.startswith(("problem:", "error:"))], stderr
+    assert rows
+
+
+@pytest.mark.slow
+def test_every_launch_and_configuration_compiles(tmp_path: Path) -> None:
+    """With those that the default run leaves out."""
+    rows, stderr = aot(tmp_path, "--all")
     assert not [line for line in stderr.splitlines() if line.startswith(("problem:", "error:"))], stderr
     assert rows
 

@@ -180,7 +180,11 @@ def test_parts_of_a_cache_merge_by_their_log_sum_exp(device: torch.device) -> No
     arguments = on(device, make([100], dtype=torch.float32))
     out, lse = hetu_kernels.paged_decode_attention(**arguments, return_lse=True)
     old = {**arguments, "lens": torch.full_like(arguments["lens"], 60)}
-    recent = {**arguments, "lens": torch.full_like(arguments["lens"], 40), "block_table": arguments["block_table"][:, 15:]}
+    recent = {
+        **arguments,
+        "lens": torch.full_like(arguments["lens"], 40),
+        "block_table": arguments["block_table"][:, 15:],
+    }
     parts = [hetu_kernels.paged_decode_attention(**each, return_lse=True) for each in (old, recent)]
     torch.testing.assert_close(torch.logaddexp(parts[0][1], parts[1][1]), lse)
     torch.testing.assert_close(sum(o * (s - lse).exp()[..., None] for o, s in parts), out)

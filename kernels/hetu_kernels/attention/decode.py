@@ -61,7 +61,7 @@ def _attend(
     TREE_WORDS: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
     PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Go on with the online softmax over the blocks of keys from ``begin`` to ``end``; MASKED where some are not seen."""
+    """Go on with the online softmax over the keys from ``begin`` to ``end``; MASKED where some are not seen."""
     d = tl.arange(0, BLOCK_D)
     d_mask = d < D
     k_d = (d.to(tl.int64) * stride_k_d)[None, :]
@@ -108,7 +108,9 @@ def _attend(
     return acc, peak, total
 
 
-@triton.jit(do_not_specialize=["tokens", "row_blocks", "capacity", "num_rows", "window", "stride_table_b", "stride_mask_b"])
+@triton.jit(
+    do_not_specialize=["tokens", "row_blocks", "capacity", "num_rows", "window", "stride_table_b", "stride_mask_b"]
+)
 def _paged_decode_attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, lens_ptr, mask_ptr, slopes_ptr, out_ptr, lse_ptr,
     stride_q_b, stride_q_t, stride_q_h, stride_k_page, stride_k_slot, stride_k_h, stride_k_d,
@@ -167,7 +169,7 @@ def _paged_decode_attention_fwd_kernel(
             word_high = tl.load(mask_ptr + mask_start + stride_mask_w, mask=row_mask, other=0)
     slope = tl.zeros([BLOCK_R], dtype=tl.float32)
     if HAS_ALIBI:
-        slope = tl.load(slopes_ptr + head, mask=row_mask, other=0.0).to(tl.float32) * LOG2E
+        slope = tl.load(slopes_ptr + head).to(tl.float32) * LOG2E
     acc = tl.zeros([BLOCK_R, BLOCK_D], dtype=tl.float32)
     peak = tl.full([BLOCK_R], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_R], dtype=tl.float32)
@@ -418,8 +420,8 @@ def paged_decode_attention(
     Args:
         q: Queries of the ``T`` newest tokens of each sequence, ``[B, T, H, D]``; ``[B, H, D]`` for one token. ``D`` is
             at most 256.
-        k_cache: Keys ``[pages, P, Hkv, D]`` in the dtype of ``q``, those of the newest tokens included. ``P`` is a power
-            of two, ``H`` a multiple of ``Hkv``. Any strides; nothing is copied.
+        k_cache: Keys ``[pages, P, Hkv, D]`` in the dtype of ``q``, those of the newest tokens included. ``P`` is a
+            power of two, ``H`` a multiple of ``Hkv``. Any strides; nothing is copied.
         v_cache: Values, shaped like ``k_cache``.
         block_table: Pages of each sequence in order ``[B, max_pages]``, int32 or int64. Entries behind a sequence's
             last page are not read.
@@ -441,8 +443,8 @@ def paged_decode_attention(
         return_lse: Return the logarithm of the sum of the exponentials of the scores, too.
 
     Returns:
-        The result, shaped like ``q`` and contiguous. With ``return_lse``, also float32 ``[B, T, H]`` (``[B, H]``). A row
-        that sees nothing gets 0 and ``-inf``.
+        The result, shaped like ``q`` and contiguous. With ``return_lse``, also float32 ``[B, T, H]`` (``[B, H]``). A
+        row that sees nothing gets 0 and ``-inf``.
 
     Raises:
         ValueError: If shapes, devices or options do not fit together.
@@ -465,7 +467,7 @@ def paged_decode_attention(
     if torch.is_grad_enabled():
         for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache), ("alibi_slopes", alibi_slopes)):
             if tensor is not None and tensor.requires_grad:
-                raise RuntimeError(f"{op}: {name} requires a gradient and there is none: call it under torch.no_grad().")
+                raise RuntimeError(f"{op}: {name} requires a gradient, there is none: call it under torch.no_grad().")
     one_token = q.dim() == 3
     queries = q.unsqueeze(1) if one_token else q
     batch, tokens, heads, dim = queries.shape

@@ -115,7 +115,7 @@ def _cases() -> Sequence[Case]:
         return arguments
 
     inf, nan = float("inf"), float("nan")
-    every = {"softcap": 3.0, "alibi": True, "scale": 0.3}
+    every: dict[str, Any] = {"softcap": 3.0, "alibi": True, "scale": 0.3}
     return [
         Case("one token", make([37, 5, 130], heads=4, kv_heads=2, dim=64, squeeze=True, return_lse=True),
              frozenset({"ragged", "strided", "head_dim_64"})),
@@ -148,14 +148,16 @@ def _cases() -> Sequence[Case]:
              dtypes=_FULL),
         Case("tree of 128, any bits", make([140], tokens=128, heads=1, tree="any", num_splits=1), dtypes=_FULL),
         Case("tree, everything", make([130, 3], tokens=6, tree="any", window=70, **every, return_lse=True)),
-        Case("tree longer than the window", make([80, 90], tokens=20, tree="any", window=9, num_splits=1, **every), dtypes=_FULL),
+        Case("tree longer than the window", make([80, 90], tokens=20, tree="any", window=9, num_splits=1, **every),
+             dtypes=_FULL),
         Case("window", make([200, 40, 65], window=65, return_lse=True), dtypes=_SOME),
         Case("window of one", make([64, 65, 1], window=1, tokens=2, return_lse=True), dtypes=_FULL),
         Case("window longer than a sequence", make([30, 90], window=2**40, tokens=3), dtypes=_FULL),
         Case("window and several rows", make([300], heads=3, window=100, tokens=22, num_splits=2), dtypes=_FULL),
         Case("soft cap", make([70, 9], softcap=2.0, tokens=2, return_lse=True), dtypes=_SOME),
         Case("linear biases", make([70, 9], alibi=True, heads=4, kv_heads=2, tokens=2, return_lse=True), dtypes=_SOME),
-        Case("linear biases of a tree", make([70, 9], alibi=True, heads=4, tokens=5, tree="any", num_splits=1), dtypes=_FULL),
+        Case("linear biases of a tree", make([70, 9], alibi=True, heads=4, tokens=5, tree="any", num_splits=1),
+             dtypes=_FULL),
         Case("everything", make([140, 66], heads=3, window=80, tokens=3, **every, return_lse=True)),
         Case("no sequences", make([], return_lse=True), frozenset({"empty"}), dtypes=_FULL),
         Case("no tokens", make([5, 6], tokens=0, return_lse=True), frozenset({"empty"}), dtypes=_FULL),
@@ -330,7 +332,7 @@ def _varlen_attn(arguments: Arguments) -> Callable[..., Any]:
         return varlen_attn(
             q.flatten(0, 1), k_cache, v_cache, cu_seqlens, None, q.shape[1], capacity,
             window_size=(-1, 0), enable_gqa=True, seqused_k=lens, block_table=block_table,
-        ).view_as(q)  # fmt: skip
+        ).view_as(q)  # type: ignore[union-attr]  # fmt: skip
 
     varlen(**arguments)  # it has limits of its own, on the size of pages among others: known only by trying
     return varlen

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from hetu_kernels._common import alloc, checks
 from hetu_kernels._common.device import autocast_dtype, use_triton
-from hetu_kernels._common.triton_utils import cdiv
 from hetu_kernels.loss import linear_cross_entropy_ref as ref
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ class _Chunks:
         self.weight = checks.last_dim_contiguous(weight.to(compute))
         self.size = weight.shape[0]
         self.kernel = use_triton(x) and self.size > 0
-        self.width = max(1, cdiv(self.size, 16)) * 16  # rows start where vectors of any dtype may
+        self.width = max(1, -(-self.size // 16)) * 16  # rows start where vectors of any dtype may
         most = max(1, chunk_bytes // (4 * self.width))
         self.rows = min(most - most % 128 if most > 128 else most, x.shape[0])
         dtype = compute if products_of(x.device) == "narrow" else torch.promote_types(compute, torch.float32)

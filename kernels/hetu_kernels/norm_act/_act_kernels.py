@@ -20,11 +20,11 @@ from hetu_kernels._common.config import Config, row_block
 from hetu_kernels._common.device import on_device, sm_count
 from hetu_kernels._common.triton_utils import cdiv, tl, triton
 
-# A program's tile is at most this wide. Backward has half as many elements a thread: it reads up to three tensors and
-# keeps sums of two, and waits for memory with the more warps the fewer registers each needs.
+# A program's tile is at most this wide. Backward's is smaller, 16 bytes a thread and tensor: it reads up to three of
+# them and keeps sums of two, and waits for memory with the more warps the fewer registers each needs.
 _COLUMNS = 1024
 _FORWARD_TILE = 4096
-_BACKWARD_TILE = 2048
+_BACKWARD_TILE_BYTES = 4096
 _WARPS = 8
 # Programs per multiprocessor where each leaves a row of partial sums: enough to fill it with warps.
 _PROGRAMS_PER_MULTIPROCESSOR = 4
@@ -225,7 +225,7 @@ def launch_act_backward(
     bias_width = (2 * n if gated else n) if has_dbias else 0
     if not count:
         return dgate, dup, torch.zeros(bias_width, dtype=torch.float32, device=gate.device)
-    config = _config(n, _BACKWARD_TILE)
+    config = _config(n, _BACKWARD_TILE_BYTES // gate.element_size())
     column_blocks = cdiv(n, config.blocks["BLOCK"])
     programs = cdiv(count, config.blocks["ROWS"])
     if has_dbias:

@@ -219,9 +219,9 @@ def _torch(arguments: dict[str, Any], **how: Any) -> Callable[..., Any]:
     optimizer = torch.optim.AdamW(params, lr=arguments["lr"], **how)
     for i, (param, grad) in enumerate(zip(params, arguments["grads"], strict=True)):
         param.grad = grad
-        step = arguments["step"] if how.get("fused") else arguments["step"].cpu()
+        count = arguments["step"] if how.get("fused") else arguments["step"].cpu()
         optimizer.state[param] = {
-            "step": step.clone(),
+            "step": count.clone(),
             "exp_avg": arguments["exp_avgs"][i],
             "exp_avg_sq": arguments["exp_avg_sqs"][i],
         }
