@@ -144,6 +144,14 @@ def chosen(op: str, seed: int = 0) -> list[Mutation]:
     return [rng.choice(group) for group in groups.values()]
 
 
+def users_of(mutation: Mutation) -> list[str]:
+    """Operators with kernels in the damaged file: what is one's optional branch may be another's main road."""
+    from hetu_kernels._common.registry import op_names
+
+    others = [op for op in op_names() if op != mutation.op and PACKAGE / mutation.file in files_of(op)]
+    return [mutation.op, *others]
+
+
 def outcome(mutation: Mutation, timeout: float = 300) -> str | None:
     """What failed with the damage done; None if nothing did."""
     with tempfile.TemporaryDirectory() as folder:
@@ -151,20 +159,24 @@ def outcome(mutation: Mutation, timeout: float = 300) -> str | None:
         file = Path(folder, "hetu_kernels", mutation.file)
         data = file.read_bytes()
         file.write_bytes(data[: mutation.start] + mutation.text.encode() + data[mutation.end :])
-        ran = subprocess.run(
-            [sys.executable, "-c", _RUN, mutation.op],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": folder, "TRITON_INTERPRET": "1", "TRITON_DEFAULT_FP_FUSION": "1"},
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
-    if ran.returncode == 0:
-        return None
-    if ran.returncode < 0:
-        return f"the process died of signal {-ran.returncode}: an address outside of memory"
-    assert ran.returncode == 3, ran.stderr[-2000:]
-    return ran.stdout.strip()
+        for op in users_of(mutation):
+            try:
+                ran = subprocess.run(
+                    [sys.executable, "-c", _RUN, op],
+                    cwd=ROOT,
+                    env={**os.environ, "PYTHONPATH": folder, "TRITON_INTERPRET": "1", "TRITON_DEFAULT_FP_FUSION": "1"},
+                    capture_output=True,
+                    text=True,
+                    timeout=timeout,
+                )
+            except subprocess.TimeoutExpired:
+                return "the process hangs: memory of its own was overwritten"
+            if ran.returncode < 0:
+                return f"the process died of signal {-ran.returncode}: an address outside of memory"
+            if ran.returncode:
+                assert ran.returncode == 3, ran.stderr[-2000:]
+                return ran.stdout.strip()
+    return None
 
 
 def main() -> int:
