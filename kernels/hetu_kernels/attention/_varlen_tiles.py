@@ -142,9 +142,9 @@ def default_config(kernel: str, block_d: int, dtype: torch.dtype, arch: str, *, 
 def _default_tiles(kernel: str, size: int, dtype: torch.dtype, arch: str, heavy: bool) -> tuple[int, int, int, int]:
     """BLOCK_M, BLOCK_N, warps and stages, found with ``python -m hetu_kernels.aot``."""
     if dtype == torch.float32:
-        return (32, 32, 8, 1) if size <= 128 else (16, 32, 8, 1)
+        return {64: (32, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)}[size]
     if kernel == "varlen_bwd_dbias":
-        return (64, 64, 8, 1) if size <= 128 else (32, 32, 4, 1)
+        return (64, 64, 8, 1) if size <= 128 else (16, 32, 8, 1)
     if arch.startswith("gfx"):  # 512 registers a thread with 4 warps, 256 with 8
         return {
             ("varlen_fwd", 64): (128, 64, 4, 1),
@@ -161,13 +161,13 @@ def _default_tiles(kernel: str, size: int, dtype: torch.dtype, arch: str, heavy:
         return {
             ("varlen_fwd", 64): (64, 64, 8, 1),
             ("varlen_fwd", 128): (64, 64, 8, 1),
-            ("varlen_fwd", 256): (64, 32, 8, 1),
+            ("varlen_fwd", 256): (32, 32, 8, 1),
             ("varlen_bwd_dkv", 64): (32, 128, 8, 1),
             ("varlen_bwd_dkv", 128): (32, 64, 8, 1),
-            ("varlen_bwd_dkv", 256): (32, 64, 8, 1),
+            ("varlen_bwd_dkv", 256): (32, 32, 8, 1),
             ("varlen_bwd_dq", 64): (64, 32, 8, 1),
             ("varlen_bwd_dq", 128): (64, 32, 8, 1),
-            ("varlen_bwd_dq", 256): (64, 32, 8, 1),
+            ("varlen_bwd_dq", 256): (32, 32, 8, 1),
         }[kernel, size]
     if (
         kernel == "varlen_bwd_dkv" and arch != "sm_90"
