@@ -196,10 +196,9 @@ def _paged_decode_attention_fwd_kernel(
         D, BLOCK_D, PAGE_BITS, BLOCK_N, TREE_WORDS, HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI, PRECISION, True,
     )  # fmt: skip
 
-    nothing = total == 0.0
-    total = tl.where(nothing, 1.0, total)
+    total = tl.where(total == 0.0, 1.0, total)  # of a row that sees nothing; its peak is -inf
     out_row = split * num_rows + (b * tokens + t) * (tl.num_programs(1) * G) + head
-    tl.store(lse_ptr + out_row, tl.where(nothing, float("-inf"), (peak + tl.log2(total)) * LN2), mask=row_mask)
+    tl.store(lse_ptr + out_row, (peak + tl.log2(total)) * LN2, mask=row_mask)
     out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + out_row[:, None] * D + d[None, :], out, mask=row_mask[:, None] & (d < D)[None, :])
 
@@ -229,9 +228,8 @@ def _paged_decode_attention_combine_kernel(
         acc = acc * alpha + tl.sum(weight[:, None] * partial, axis=0)
         total = total * alpha + tl.sum(weight, axis=0)
         peak = new_peak
-    nothing = total == 0.0
-    total = tl.where(nothing, 1.0, total)
-    tl.store(lse_ptr + row + tl.arange(0, 1), tl.where(nothing, float("-inf"), peak + tl.log(total)))
+    total = tl.where(total == 0.0, 1.0, total)
+    tl.store(lse_ptr + row + tl.arange(0, 1), peak + tl.log(total))
     tl.store(out_ptr + row * D + d, (acc / total).to(out_ptr.dtype.element_ty), mask=d < D)
 
 
