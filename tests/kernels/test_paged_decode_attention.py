@@ -191,6 +191,16 @@ def test_parts_of_a_cache_merge_by_their_log_sum_exp(device: torch.device) -> No
 
 
 @pytest.mark.interpret
+def test_a_cache_may_have_no_pages(device: torch.device) -> None:
+    arguments = on(device, make([0, 0], dtype=torch.float32))
+    arguments |= {name: arguments[name][:0] for name in ("k_cache", "v_cache")}
+    out, lse = hetu_kernels.paged_decode_attention(**arguments, return_lse=True)
+    assert torch.equal(out, torch.zeros_like(out))
+    assert (lse == -float("inf")).all()
+    torch.testing.assert_close(paged_decode_attention_reference(**arguments, return_lse=True), (out, lse))
+
+
+@pytest.mark.interpret
 def test_float64_is_computed_in_float64(device: torch.device) -> None:
     arguments = on(device, make([37]))
     assert torch.equal(hetu_kernels.paged_decode_attention(**arguments), paged_decode_attention_reference(**arguments))

@@ -319,7 +319,7 @@ def launch_paged_decode_attention(
     block_d = max(16, next_power_of_2(dim))
     block_r = _row_block(tokens * group, block_d, q.element_size())
     row_blocks = cdiv(tokens * group, block_r)
-    capacity = block_table.shape[1] * page_size if k_cache.shape[0] else 0
+    capacity = block_table.shape[1] * page_size
     limit = smem_limit(q.device)
 
     def launch(config: Config) -> None:

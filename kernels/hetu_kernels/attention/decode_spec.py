@@ -138,7 +138,8 @@ def _cases() -> Sequence[Case]:
              dtypes=_FULL),
         Case("one split", make([150, 20], num_splits=1, return_lse=True), dtypes=_SOME),
         Case("more splits than blocks", make([150, 20], num_splits=9, return_lse=True), dtypes=_SOME),
-        Case("more splits than one step merges", make([300], heads=1, dim=128, num_splits=19, return_lse=True),
+        Case("more splits than one step merges", make([300], heads=1, dim=128, num_splits=19, alibi=True,
+             return_lse=True),
              dtypes=_FULL),
         Case("tree", make([30, 150], tokens=7, tree="ancestors", return_lse=True)),
         Case("tree of 64", make([64, 130], tokens=64, heads=1, tree="ancestors", num_splits=1, return_lse=True),
@@ -152,7 +153,7 @@ def _cases() -> Sequence[Case]:
              dtypes=_FULL),
         Case("window", make([200, 40, 130], window=65, return_lse=True), dtypes=_SOME),
         Case("window of one", make([64, 65, 1], window=1, tokens=2, return_lse=True), dtypes=_FULL),
-        Case("window longer than a sequence", make([30, 90], window=2**40, tokens=3), dtypes=_FULL),
+        Case("window longer than a sequence", make([30, 2], window=2**31 - 1, tokens=6), dtypes=_FULL),
         Case("window and several rows", make([300], heads=3, window=100, tokens=22, num_splits=2), dtypes=_FULL),
         Case("soft cap", make([70, 9], softcap=2.0, tokens=2, return_lse=True), dtypes=_SOME),
         Case("linear biases", make([70, 9], alibi=True, heads=4, kv_heads=2, tokens=2, return_lse=True), dtypes=_SOME),
@@ -198,7 +199,8 @@ def _example(count: int) -> Arguments:
     lens = [2 + (3 * b) % 7 for b in range(count)]
     made = paged(lens, 4, 2, 16, torch.float32, generator)
     q = torch.randn(count, 2, 4, 16, generator=generator)
-    return {"q": q, **made, "tree_mask": torch.tensor([1, 3]).repeat(count, 1), "return_lse": True}
+    options = {"tree_mask": torch.tensor([1, 3]).repeat(count, 1), "alibi_slopes": torch.tensor([0.1, 0.2, 0.3, 0.4])}
+    return {"q": q, **made, **options, "return_lse": True}
 
 
 def _aot() -> Sequence[AotCall]:
