@@ -25,15 +25,21 @@ _GUARD = 33  # as in testing: what a matrix product on the CPU returns depends o
 class _Region:
     """The memory of a tensor, and which elements of it are its own."""
 
-    def __init__(self, name: str, view: Tensor) -> None:
+    def __init__(self, name: str, view: Tensor, *, complete: bool = True) -> None:
         storage = view.untyped_storage()
         self.name = name
         self.start = storage.data_ptr()
         self.bytes = storage.nbytes()
+        self.own = np.zeros(self.bytes, dtype=bool)
+        self.complete = complete  # no other view of the memory is an argument too
+        self.keep = view  # or another tensor might get its memory
+        self.add(view)
+
+    def add(self, view: Tensor) -> None:
+        """Let the elements of one more view of the memory be read."""
         own = torch.zeros(self.bytes // view.element_size(), dtype=torch.bool)
         own.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(True)
-        self.own = own.repeat_interleave(view.element_size()).numpy()
-        self.keep = view  # or another tensor might get its memory
+        self.own |= own.repeat_interleave(view.element_size()).numpy()
 
     def check(self, addresses: Any) -> Any:
         """Which of the addresses lie in this memory; those must be the tensor's own elements."""
@@ -49,8 +55,8 @@ class _Region:
 def reads_watched(arguments: Any) -> Iterator[None]:
     """Inside, interpreted kernels may read of the memory of these tensors only the tensors' own elements.
 
-    The same holds for the buffers that launchers allocate. Of other tensors that are given to a kernel (copies, sums)
-    it may read all, and of memory that belongs to no tensor nothing.
+    The same holds for the buffers that launchers allocate, and for other tensors that are given to kernels (incoming
+    gradients, copies, sums). Of memory that belongs to no tensor they may read nothing.
 
     Raises:
         AssertionError: Where a kernel loads from elsewhere.
@@ -86,9 +92,11 @@ def reads_watched(arguments: Any) -> Iterator[None]:
         for name, given in (*zip(self.arg_names, args, strict=False), *kwargs.items()):
             if isinstance(given, Tensor) and given.untyped_storage().nbytes():
                 start = given.untyped_storage().data_ptr()
-                if not any(region.start <= start < region.start + region.bytes for region in regions):
-                    whole = given.as_strided((given.untyped_storage().nbytes() // given.element_size(),), (1,), 0)
-                    regions.append(_Region(name, whole))
+                known = next((r for r in regions if r.start <= start < r.start + r.bytes), None)
+                if known is None:
+                    regions.append(_Region(name, given, complete=False))
+                elif not known.complete:
+                    known.add(given)
         return launch(self, *args, **kwargs)
 
     InterpreterBuilder.create_masked_load, GridExecutor.__call__ = watched, launched
@@ -106,4 +114,4 @@ def check_reads(spec: OpSpec, case: Case, dtype: torch.dtype) -> None:
     arguments = pytree.tree_map_only(Tensor, lambda t: embed(t, contiguous=case.contiguous), made)
     names = spec.differentiable if case.grads else ()
     with reads_watched(arguments):
-        run(spec.function, arguments, names, {} if names else None)
+        run(spec.function, arguments, names, {} if names else None, embedded=not case.contiguous)

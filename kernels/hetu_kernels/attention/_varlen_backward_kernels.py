@@ -20,10 +20,12 @@ from hetu_kernels.attention._varlen_tiles import (
     NEVER_SPECIALIZE,
     Options,
     bias_strides,
+    chunk_of_head_dim,
     config_of,
     load_tile,
     logits,
     padded_head_dim,
+    products,
     store_tile,
 )
 from hetu_kernels.attention.tiling_mask import key_phases, row_phases, visible
@@ -50,11 +52,12 @@ def _varlen_bwd_delta_kernel(
 
 
 @triton.jit
-def _dkv_loop(dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, stride_q, stride_dout, begin, full_begin, full_end,
-              end, j, cols, len_q, len_k, left, right, scale, softcap, slope, bias_ptr, stride_bias_q, stride_bias_k,
-              D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, WANT_DK: tl.constexpr,
-              WANT_DV: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-              HAS_ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def _dkv_loop(dk, dv, k, v, q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, stride_q, stride_k, stride_v,
+              stride_dout, begin, full_begin, full_end, end, j, cols, len_q, len_k, left, right, scale, softcap, slope,
+              bias_ptr, stride_bias_q, stride_bias_k, D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr,
+              BLOCK_M: tl.constexpr, WANT_DK: tl.constexpr, WANT_DV: tl.constexpr, HAS_LEFT: tl.constexpr,
+              HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr,
+              PRECISION: tl.constexpr):  # fmt: skip
     """Add what one head's rows contribute to a block of keys; everything is transposed, ``[keys, rows]``.
 
     One loop with a branch around the mask: three loops, one for each phase, spill 130 registers on sm_90 (D = 128).
@@ -62,8 +65,8 @@ def _dkv_loop(dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, stride_q, strid
     for start in range(begin, end, BLOCK_M):
         i = start + tl.arange(0, BLOCK_M)
         q = load_tile(q_ptr, stride_q, i, len_q, cols, D, BLOCK_D, False)
-        zeros = tl.zeros([k.shape[0], BLOCK_M], dtype=tl.float32)
-        s, derivative = logits(dotf(k, tl.trans(q), zeros, PRECISION), i[None, :], j[:, None], len_q, len_k,
+        kq = products(k, q, k_ptr, stride_k, j, len_k, q_ptr, stride_q, i, len_q, D, BLOCK_D, CHUNK_D, PRECISION)
+        s, derivative = logits(kq, i[None, :], j[:, None], len_q, len_k,
                                 left, right, scale, softcap, slope, bias_ptr, stride_bias_q, stride_bias_k,
                                 False, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, HAS_BIAS)  # fmt: skip
         if HAS_LEFT or HAS_RIGHT:
@@ -79,7 +82,8 @@ def _dkv_loop(dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, stride_q, strid
             dv = dotf(p.to(dout.dtype), dout, dv, PRECISION)
         if WANT_DK:
             delta = tl.load(delta_ptr + at, mask=i < len_q, other=0.0)
-            dp = dotf(v, tl.trans(dout), zeros, PRECISION)
+            dp = products(v, dout, v_ptr, stride_v, j, len_k, dout_ptr, stride_dout, i, len_q, D, BLOCK_D, CHUNK_D,
+                          PRECISION)  # fmt: skip
             ds = p * (dp - delta[None, :]) * derivative
             dk = dotf(ds.to(q.dtype), q, dk, PRECISION)
     return dk, dv
@@ -91,7 +95,7 @@ def _varlen_bwd_dkv_kernel(
     stride_q, stride_q_head, stride_k, stride_k_head, stride_v, stride_v_head, stride_dout, stride_dout_head,
     stride_bias_batch, stride_bias_head, stride_bias_q, stride_bias_k,
     num_sequences, blocks_per_sequence, num_tokens_q, num_tokens_k, left, right, scale, softcap,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WANT_DK: tl.constexpr, WANT_DV: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
     HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
@@ -143,10 +147,11 @@ def _varlen_bwd_dkv_kernel(
         slope = 0.0
         if HAS_ALIBI:
             slope = tl.load(slopes_ptr + head).to(tl.float32)
-        dk, dv = _dkv_loop(dk, dv, k, v, q_head_ptr, dout_head_ptr, lse_head_ptr, delta_head_ptr, stride_q, stride_dout,
-                           begin, full_begin, full_end, end, j, cols, len_q, len_k, left, right, scale, softcap, slope,
-                           bias_head_ptr, stride_bias_q, stride_bias_k, D, BLOCK_D, BLOCK_M, WANT_DK, WANT_DV,
-                           HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, HAS_BIAS, PRECISION)  # fmt: skip
+        dk, dv = _dkv_loop(dk, dv, k, v, q_head_ptr, k_ptr, v_ptr, dout_head_ptr, lse_head_ptr, delta_head_ptr,
+                           stride_q, stride_k, stride_v, stride_dout, begin, full_begin, full_end, end, j, cols, len_q,
+                           len_k, left, right, scale, softcap, slope, bias_head_ptr, stride_bias_q, stride_bias_k, D,
+                           BLOCK_D, CHUNK_D, BLOCK_M, WANT_DK, WANT_DV, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI,
+                           HAS_BIAS, PRECISION)  # fmt: skip
     if WANT_DK:
         dk_ptr += tl.cast(start_k, tl.int64) * stride_dk
         store_tile(dk_ptr, stride_dk, j, len_k, cols, dk * scale, D, BLOCK_D)
@@ -156,22 +161,23 @@ def _varlen_bwd_dkv_kernel(
 
 
 @triton.jit
-def _dq_phase(dq, q, dout, lse, delta, k_ptr, v_ptr, stride_k, stride_v, begin, end, i, cols, len_q, len_k, left, right,
-              scale, softcap, slope, bias_ptr, stride_bias_q, stride_bias_k,
-              D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
-              HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
-              HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def _dq_phase(dq, q, dout, lse, delta, q_ptr, dout_ptr, k_ptr, v_ptr, stride_q, stride_dout, stride_k, stride_v,
+              begin, end, i, cols, len_q, len_k, left, right, scale, softcap, slope, bias_ptr, stride_bias_q,
+              stride_bias_k, D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+              MASKED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+              HAS_ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Add what the keys of one phase contribute to the gradient of a block of rows."""
     for start in range(begin, end, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         k = load_tile(k_ptr, stride_k, n, len_k, cols, D, BLOCK_D, not MASKED)
         v = load_tile(v_ptr, stride_v, n, len_k, cols, D, BLOCK_D, not MASKED)
-        zeros = tl.zeros([q.shape[0], BLOCK_N], dtype=tl.float32)
-        s, derivative = logits(dotf(q, tl.trans(k), zeros, PRECISION), i[:, None], n[None, :], len_q, len_k,
+        qk = products(q, k, q_ptr, stride_q, i, len_q, k_ptr, stride_k, n, len_k, D, BLOCK_D, CHUNK_D, PRECISION)
+        s, derivative = logits(qk, i[:, None], n[None, :], len_q, len_k,
                                 left, right, scale, softcap, slope, bias_ptr, stride_bias_q, stride_bias_k,
                                 MASKED, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, HAS_BIAS)  # fmt: skip
         p = tl.exp2(s - lse[:, None])
-        dp = dotf(dout, tl.trans(v), zeros, PRECISION)
+        dp = products(dout, v, dout_ptr, stride_dout, i, len_q, v_ptr, stride_v, n, len_k, D, BLOCK_D, CHUNK_D,
+                      PRECISION)  # fmt: skip
         ds = p * (dp - delta[:, None]) * derivative
         dq = dotf(ds.to(k.dtype), k, dq, PRECISION)
     return dq
@@ -183,7 +189,7 @@ def _varlen_bwd_dq_kernel(
     stride_q, stride_q_head, stride_k, stride_k_head, stride_v, stride_v_head, stride_dout, stride_dout_head,
     stride_bias_batch, stride_bias_head, stride_bias_q, stride_bias_k,
     num_sequences, blocks_per_sequence, num_tokens_q, left, right, scale, softcap,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
     HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
@@ -228,15 +234,18 @@ def _varlen_bwd_dq_kernel(
     dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     begin, full_begin, full_end, end = key_phases(row, len_q, len_k, left, right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT)
     if HAS_LEFT:
-        dq = _dq_phase(dq, q, dout, lse, delta, k_ptr, v_ptr, stride_k, stride_v, begin, full_begin, i, cols, len_q,
-                       len_k, left, right, scale, softcap, slope, bias_ptr, stride_bias_q, stride_bias_k, D, BLOCK_D,
-                       BLOCK_N, True, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, HAS_BIAS, PRECISION)  # fmt: skip
-    dq = _dq_phase(dq, q, dout, lse, delta, k_ptr, v_ptr, stride_k, stride_v, full_begin, full_end, i, cols, len_q,
-                   len_k, left, right, scale, softcap, slope, bias_ptr, stride_bias_q, stride_bias_k, D, BLOCK_D,
-                   BLOCK_N, False, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, HAS_BIAS, PRECISION)  # fmt: skip
-    dq = _dq_phase(dq, q, dout, lse, delta, k_ptr, v_ptr, stride_k, stride_v, full_end, end, i, cols, len_q,
-                   len_k, left, right, scale, softcap, slope, bias_ptr, stride_bias_q, stride_bias_k, D, BLOCK_D,
-                   BLOCK_N, True, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, HAS_BIAS, PRECISION)  # fmt: skip
+        dq = _dq_phase(dq, q, dout, lse, delta, q_ptr, dout_ptr, k_ptr, v_ptr, stride_q, stride_dout, stride_k,
+                       stride_v, begin, full_begin, i, cols, len_q, len_k, left, right, scale, softcap, slope,
+                       bias_ptr, stride_bias_q, stride_bias_k, D, BLOCK_D, CHUNK_D, BLOCK_N, True, HAS_LEFT, HAS_RIGHT,
+                       HAS_SOFTCAP, HAS_ALIBI, HAS_BIAS, PRECISION)  # fmt: skip
+    dq = _dq_phase(dq, q, dout, lse, delta, q_ptr, dout_ptr, k_ptr, v_ptr, stride_q, stride_dout, stride_k, stride_v,
+                   full_begin, full_end, i, cols, len_q, len_k, left, right, scale, softcap, slope, bias_ptr,
+                   stride_bias_q, stride_bias_k, D, BLOCK_D, CHUNK_D, BLOCK_N, False, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
+                   HAS_ALIBI, HAS_BIAS, PRECISION)  # fmt: skip
+    dq = _dq_phase(dq, q, dout, lse, delta, q_ptr, dout_ptr, k_ptr, v_ptr, stride_q, stride_dout, stride_k, stride_v,
+                   full_end, end, i, cols, len_q, len_k, left, right, scale, softcap, slope, bias_ptr, stride_bias_q,
+                   stride_bias_k, D, BLOCK_D, CHUNK_D, BLOCK_N, True, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI,
+                   HAS_BIAS, PRECISION)  # fmt: skip
     dq_ptr += tl.cast(start_q, tl.int64) * stride_dq
     store_tile(dq_ptr, stride_dq, i, len_q, cols, dq * scale, D, BLOCK_D)
 
@@ -247,7 +256,7 @@ def _varlen_bwd_dbias_kernel(
     stride_q, stride_q_head, stride_k, stride_k_head, stride_v, stride_v_head, stride_dout, stride_dout_head,
     stride_bias_batch, stride_bias_head, stride_bias_q, stride_bias_k,
     num_sequences, num_tokens_q, left, right, scale, softcap, bias_rows, bias_keys, max_q, max_k,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BIAS_HEADS: tl.constexpr,
     ONE_BATCH: tl.constexpr, ONE_ROW: tl.constexpr, ONE_KEY: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
@@ -306,11 +315,13 @@ def _varlen_bwd_dbias_kernel(
                     n = key + tl.arange(0, BLOCK_N)
                     k = load_tile(k_head_ptr, stride_k, n, len_k, cols, D, BLOCK_D, False)
                     v = load_tile(v_head_ptr, stride_v, n, len_k, cols, D, BLOCK_D, False)
-                    zeros = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-                    s, _ = logits(dotf(q, tl.trans(k), zeros, PRECISION), i[:, None], n[None, :], len_q, len_k,
+                    qk = products(q, k, q_head_ptr, stride_q, i, len_q, k_head_ptr, stride_k, n, len_k, D, BLOCK_D,
+                                  CHUNK_D, PRECISION)  # fmt: skip
+                    s, _ = logits(qk, i[:, None], n[None, :], len_q, len_k,
                                    left, right, scale, softcap, slope, bias_head_ptr, stride_bias_q, stride_bias_k,
                                    True, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, True)  # fmt: skip
-                    dp = dotf(dout, tl.trans(v), zeros, PRECISION)
+                    dp = products(dout, v, dout_head_ptr, stride_dout, i, len_q, v_head_ptr, stride_v, n, len_k, D,
+                                  BLOCK_D, CHUNK_D, PRECISION)  # fmt: skip
                     total += tl.exp2(s - lse[:, None]) * (dp - delta[:, None])
     dbias_ptr += tl.program_id(2).to(tl.int64) * bias_rows * bias_keys
     i = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -362,7 +373,10 @@ def launch_backward(
         return dq.zero_(), dk.zero_(), dv.zero_(), dbias.zero_(), delta.zero_()
     heavy = options.softcap is not None or alibi_slopes is not None or bias is not None
     block_d = padded_head_dim(head_dim)
-    sizes = {"D": head_dim, "BLOCK_D": block_d, "GROUP": heads // kv_heads, "HAS_ALIBI": alibi_slopes is not None}
+    sizes = {
+        "D": head_dim, "BLOCK_D": block_d, "CHUNK_D": chunk_of_head_dim(q), "GROUP": heads // kv_heads,
+        "HAS_ALIBI": alibi_slopes is not None,
+    }  # fmt: skip
     strides = (
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), dout.stride(0), dout.stride(1),
         *bias_strides(bias),

@@ -20,19 +20,21 @@ from hetu_kernels.attention._varlen_tiles import (
     NEVER_SPECIALIZE,
     Options,
     bias_strides,
+    chunk_of_head_dim,
     config_of,
     load_tile,
     logits,
     padded_head_dim,
+    products,
     store_tile,
 )
 from hetu_kernels.attention.tiling_mask import key_phases
 
 
 @triton.jit
-def _fwd_phase(acc, m, total, q, k_ptr, v_ptr, stride_k, stride_v, begin, end, i, cols, len_q, len_k, left, right,
-               scale, softcap, slope, bias_ptr, stride_bias_q, stride_bias_k,
-               D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SUBTILES: tl.constexpr,
+def _fwd_phase(acc, m, total, q, q_ptr, k_ptr, v_ptr, stride_q, stride_k, stride_v, begin, end, i, cols, len_q, len_k,
+               left, right, scale, softcap, slope, bias_ptr, stride_bias_q, stride_bias_k, D: tl.constexpr,
+               BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr, BLOCK_N: tl.constexpr, SUBTILES: tl.constexpr,
                MASKED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
                HAS_ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Walk the outer key blocks of one phase."""
@@ -40,15 +42,17 @@ def _fwd_phase(acc, m, total, q, k_ptr, v_ptr, stride_k, stride_v, begin, end, i
     for start in range(begin, end, BLOCK_N):
         n = start + tl.arange(0, INNER)
         k = load_tile(k_ptr, stride_k, n, len_k, cols, D, BLOCK_D, not MASKED)
-        zeros = tl.zeros([q.shape[0], INNER], dtype=tl.float32)
-        s, _ = logits(dotf(q, tl.trans(k), zeros, PRECISION), i[:, None], n[None, :], len_q, len_k, left, right,
+        qk = products(q, k, q_ptr, stride_q, i, len_q, k_ptr, stride_k, n, len_k, D, BLOCK_D, CHUNK_D, PRECISION)
+        s, _ = logits(qk, i[:, None], n[None, :], len_q, len_k, left, right,
                        scale, softcap, slope, bias_ptr, stride_bias_q, stride_bias_k,
                        MASKED, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, HAS_BIAS)  # fmt: skip
         m_new = tl.maximum(m, tl.max(s, axis=1))
         if SUBTILES == 2:
             n2 = n + INNER
             k2 = load_tile(k_ptr, stride_k, n2, len_k, cols, D, BLOCK_D, not MASKED)
-            s2, _ = logits(dotf(q, tl.trans(k2), zeros, PRECISION), i[:, None], n2[None, :], len_q, len_k, left, right,
+            qk2 = products(q, k2, q_ptr, stride_q, i, len_q, k_ptr, stride_k, n2, len_k, D, BLOCK_D, CHUNK_D,
+                           PRECISION)  # fmt: skip
+            s2, _ = logits(qk2, i[:, None], n2[None, :], len_q, len_k, left, right,
                             scale, softcap, slope, bias_ptr, stride_bias_q, stride_bias_k,
                             MASKED, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, HAS_BIAS)  # fmt: skip
             m_new = tl.maximum(m_new, tl.max(s2, axis=1))
@@ -75,7 +79,7 @@ def _varlen_fwd_kernel(
     stride_q, stride_q_head, stride_k, stride_k_head, stride_v, stride_v_head,
     stride_bias_batch, stride_bias_head, stride_bias_q, stride_bias_k,
     num_sequences, blocks_per_sequence, num_tokens_q, left, right, scale, softcap,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUBTILES: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SINKS: tl.constexpr, PRECISION: tl.constexpr,
@@ -124,18 +128,18 @@ def _varlen_fwd_kernel(
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
     begin, full_begin, full_end, end = key_phases(row, len_q, len_k, left, right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT)
     if HAS_LEFT:
-        acc, m, total = _fwd_phase(acc, m, total, q, k_ptr, v_ptr, stride_k, stride_v, begin, full_begin, i, cols,
-                               len_q, len_k, left, right, scale, softcap, slope, bias_ptr, stride_bias_q, stride_bias_k,
-                               D, BLOCK_D, BLOCK_N, SUBTILES, True, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI,
-                               HAS_BIAS, PRECISION)  # fmt: skip
-    acc, m, total = _fwd_phase(acc, m, total, q, k_ptr, v_ptr, stride_k, stride_v, full_begin, full_end, i, cols,
-                           len_q, len_k, left, right, scale, softcap, slope, bias_ptr, stride_bias_q, stride_bias_k,
-                           D, BLOCK_D, BLOCK_N, SUBTILES, False, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI,
-                           HAS_BIAS, PRECISION)  # fmt: skip
-    acc, m, total = _fwd_phase(acc, m, total, q, k_ptr, v_ptr, stride_k, stride_v, full_end, end, i, cols,
-                           len_q, len_k, left, right, scale, softcap, slope, bias_ptr, stride_bias_q, stride_bias_k,
-                           D, BLOCK_D, BLOCK_N, SUBTILES, True, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI,
-                           HAS_BIAS, PRECISION)  # fmt: skip
+        acc, m, total = _fwd_phase(acc, m, total, q, q_ptr, k_ptr, v_ptr, stride_q, stride_k, stride_v, begin,
+                                   full_begin, i, cols, len_q, len_k, left, right, scale, softcap, slope, bias_ptr,
+                                   stride_bias_q, stride_bias_k, D, BLOCK_D, CHUNK_D, BLOCK_N, SUBTILES, True,
+                                   HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, HAS_BIAS, PRECISION)  # fmt: skip
+    acc, m, total = _fwd_phase(acc, m, total, q, q_ptr, k_ptr, v_ptr, stride_q, stride_k, stride_v, full_begin,
+                               full_end, i, cols, len_q, len_k, left, right, scale, softcap, slope, bias_ptr,
+                               stride_bias_q, stride_bias_k, D, BLOCK_D, CHUNK_D, BLOCK_N, SUBTILES, False, HAS_LEFT,
+                               HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, HAS_BIAS, PRECISION)  # fmt: skip
+    acc, m, total = _fwd_phase(acc, m, total, q, q_ptr, k_ptr, v_ptr, stride_q, stride_k, stride_v, full_end, end, i,
+                               cols, len_q, len_k, left, right, scale, softcap, slope, bias_ptr, stride_bias_q,
+                               stride_bias_k, D, BLOCK_D, CHUNK_D, BLOCK_N, SUBTILES, True, HAS_LEFT, HAS_RIGHT,
+                               HAS_SOFTCAP, HAS_ALIBI, HAS_BIAS, PRECISION)  # fmt: skip
     if HAS_SINKS:  # one more logit, with no value behind it
         sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
         m_new = tl.maximum(m, sink)
@@ -185,8 +189,8 @@ def launch_forward(
                 q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), *bias_strides(bias),
                 sequences, blocks, tokens, *options.runtime,
                 HEADS=heads, GROUP=heads // k.shape[1], D=head_dim, BLOCK_D=padded_head_dim(head_dim),
-                HAS_ALIBI=alibi_slopes is not None, HAS_BIAS=bias is not None, HAS_SINKS=sinks is not None,
-                **options.flags, **config.kwargs,
+                CHUNK_D=chunk_of_head_dim(q), HAS_ALIBI=alibi_slopes is not None, HAS_BIAS=bias is not None,
+                HAS_SINKS=sinks is not None, **options.flags, **config.kwargs,
             )  # fmt: skip
 
     heavy = options.softcap is not None or alibi_slopes is not None or bias is not None

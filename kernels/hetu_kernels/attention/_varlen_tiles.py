@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hetu_kernels._common.config import Config, bucket, tuned
 from hetu_kernels._common.device import arch
-from hetu_kernels._common.triton_utils import LOG2E, next_power_of_2, tanh, tl, triton
+from hetu_kernels._common.triton_utils import LOG2E, dotf, next_power_of_2, tanh, tl, triton
 from hetu_kernels.attention.tiling_mask import UNLIMITED, TilingMask, visible
 
 NEVER_SPECIALIZE = [
@@ -43,6 +43,22 @@ def store_tile(base_ptr, stride_token, rows, num_rows, cols, tile, D: tl.constex
         mask = mask & (cols < D)[None, :]
     pointers = base_ptr + (rows.to(tl.int64) * stride_token)[:, None] + cols[None, :]
     tl.store(pointers, tile.to(base_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def products(a, b, a_ptr, stride_a, rows_a, num_rows_a, b_ptr, stride_b, rows_b, num_rows_b,
+             D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """``a b^T`` of two tiles. CHUNK_D < BLOCK_D loads them again, by that many columns, and keeps none in registers."""
+    acc = tl.zeros([rows_a.shape[0], rows_b.shape[0]], dtype=tl.float32)
+    if CHUNK_D == BLOCK_D:
+        return dotf(a, tl.trans(b), acc, PRECISION)
+    else:
+        for col in range(0, BLOCK_D, CHUNK_D):
+            cols = col + tl.arange(0, CHUNK_D)
+            part_a = load_tile(a_ptr, stride_a, rows_a, num_rows_a, cols, D, BLOCK_D, False)
+            part_b = load_tile(b_ptr, stride_b, rows_b, num_rows_b, cols, D, BLOCK_D, False)
+            acc = dotf(part_a, tl.trans(part_b), acc, PRECISION)
+        return acc
 
 
 @triton.jit
@@ -108,16 +124,23 @@ def padded_head_dim(head_dim: int) -> int:
     return max(16, next_power_of_2(head_dim))
 
 
+def chunk_of_head_dim(q: Tensor) -> int:
+    """Columns that products load at a time: all, but of wide float32, whose parts in TF32 take twice the registers."""
+    block_d = padded_head_dim(q.shape[-1])
+    return 64 if block_d > 64 and q.element_size() > 2 else block_d
+
+
 def config_of(kernel: str, q: Tensor, longest: int, launch: object, *, heavy: bool) -> Config:
     """Block sizes of a kernel, by dtype, head dimension, what it does to logits, and architecture."""
     block_d = padded_head_dim(q.shape[-1])
-    default = default_config(kernel, block_d, q.dtype, arch(q.device), heavy=heavy)
+    padded = block_d != q.shape[-1]
+    default = default_config(kernel, block_d, q.dtype, arch(q.device), heavy=heavy, padded=padded)
     candidates = [] if launch is None else _candidates(kernel, default)
-    key = (q.dtype, block_d, heavy, bucket(longest))
+    key = (q.dtype, q.shape[-1], heavy, bucket(longest))
     return tuned(kernel, key, q.device, default, candidates, launch)  # type: ignore[arg-type]
 
 
-def default_config(kernel: str, block_d: int, dtype: torch.dtype, arch: str, *, heavy: bool) -> Config:
+def default_config(kernel: str, block_d: int, dtype: torch.dtype, arch: str, *, heavy: bool, padded: bool) -> Config:
     """Large tiles that spill nothing on sm_90 and fit into the shared memory of ``arch``.
 
     Args:
@@ -127,12 +150,18 @@ def default_config(kernel: str, block_d: int, dtype: torch.dtype, arch: str, *, 
         arch: Architecture.
         heavy: Logits get a bias, a slope or a soft cap. The 64-bit addresses of a tile of the bias alone take as many
             registers as two tiles of logits.
+        padded: The head dimension is none of the padded ones.
     """
     if arch == "interpreter":  # small, so that short sequences have blocks of every class
         blocks = {"BLOCK_M": 16, "BLOCK_N": 32 if kernel == "varlen_fwd" else 16}
         config = Config(blocks, num_warps=4, num_stages=1)
     else:
         m, n, warps, stages = _default_tiles(kernel, max(64, block_d), dtype, arch, heavy)
+        if padded:  # the masks of columns take registers
+            if kernel == "varlen_bwd_dkv":
+                stages = 1
+            elif kernel == "varlen_fwd" and heavy:
+                n = min(n, 32)
         config = Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=stages)
     if kernel == "varlen_fwd":
         return Config({**config.blocks, "SUBTILES": 1}, config.num_warps, config.num_stages)
@@ -142,7 +171,11 @@ def default_config(kernel: str, block_d: int, dtype: torch.dtype, arch: str, *, 
 def _default_tiles(kernel: str, size: int, dtype: torch.dtype, arch: str, heavy: bool) -> tuple[int, int, int, int]:
     """BLOCK_M, BLOCK_N, warps and stages, found with ``python -m hetu_kernels.aot``."""
     if dtype == torch.float32:
-        return {64: (32, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)}[size]
+        if kernel == "varlen_bwd_dkv":
+            return (16, 32, 8, 1) if size == 256 else (32, 16, 8, 1)
+        if size == 64:
+            return 32, 32, 8, 1
+        return (32, 16, 8, 1) if kernel == "varlen_bwd_dbias" and size == 128 else (16, 32, 8, 1)
     if kernel == "varlen_bwd_dbias":
         return (64, 64, 8, 1) if size <= 128 else (16, 32, 8, 1)
     if arch.startswith("gfx"):  # 512 registers a thread with 4 warps, 256 with 8
@@ -163,8 +196,8 @@ def _default_tiles(kernel: str, size: int, dtype: torch.dtype, arch: str, heavy:
             ("varlen_fwd", 128): (64, 64, 8, 1),
             ("varlen_fwd", 256): (32, 32, 8, 1),
             ("varlen_bwd_dkv", 64): (32, 128, 8, 1),
-            ("varlen_bwd_dkv", 128): (32, 64, 8, 1),
-            ("varlen_bwd_dkv", 256): (32, 32, 8, 1),
+            ("varlen_bwd_dkv", 128): (16, 64, 8, 1),
+            ("varlen_bwd_dkv", 256): (32, 32, 4, 1),
             ("varlen_bwd_dq", 64): (64, 32, 8, 1),
             ("varlen_bwd_dq", 128): (64, 32, 8, 1),
             ("varlen_bwd_dq", 256): (32, 32, 8, 1),
@@ -181,10 +214,10 @@ def _default_tiles(kernel: str, size: int, dtype: torch.dtype, arch: str, heavy:
         ("varlen_fwd", 256): (64, 32, 8, 2),
         ("varlen_bwd_dkv", 64): (64, 128, 8, 2),
         ("varlen_bwd_dkv", 128): (32, 128, 8, 2),
-        ("varlen_bwd_dkv", 256): (32, 64, 8, 1),
+        ("varlen_bwd_dkv", 256): (16, 64, 8, 1),
         ("varlen_bwd_dq", 64): (128, 64, 8, 2),
         ("varlen_bwd_dq", 128): (128, 64, 8, 2),
-        ("varlen_bwd_dq", 256): (64, 32, 8, 2),
+        ("varlen_bwd_dq", 256): (64, 16, 8, 2),
     }[kernel, size]
 
 

@@ -182,18 +182,23 @@ def _aot() -> Sequence[AotCall]:
         AotCall(f"bf16 d={dim} causal", launch(dim), wgmma=wgmma if dim <= 128 else wgmma[:2]) for dim in (64, 128, 256)
     ]
     calls[1] = AotCall("bf16 d=128 causal", launch(128), wgmma=wgmma, same_as=launch(128, tokens=777, longest=301))
+    everything: dict[str, Any] = {"extras": True, "window": 1024, "longest": 512}
+    variants: dict[str, dict[str, Any]] = {
+        "causal": {}, "full": {"causal": False}, "window": {"window": 1024}, "everything": everything,
+    }  # fmt: skip
+    done = {("bf16", dim, "causal") for dim in (64, 128, 256)} | {("bf16", 64, "everything")}
     return [
         *calls,
-        AotCall("bf16 d=80 full", launch(80, causal=False), slow=True),
-        AotCall("bf16 d=96 window", launch(96, window=1024), slow=True),
+        AotCall("bf16 d=64 everything", launch(64, **everything)),
         AotCall("fp16 d=128 gqa 3", launch(128, dtype=torch.float16, heads=24), slow=True),
         AotCall("fp16 d=128 one head", launch(128, dtype=torch.float16, heads=1, kv_heads=1), slow=True),
-        AotCall("bf16 d=64 everything", launch(64, extras=True, window=1024, longest=512)),
-        AotCall("bf16 d=128 everything", launch(128, extras=True, window=1024, longest=512), slow=True),
-        AotCall("bf16 d=256 everything", launch(256, extras=True, window=1024, longest=512), slow=True),
-        AotCall("fp32 d=64 causal", launch(64, dtype=torch.float32), slow=True),
-        AotCall("fp32 d=128 causal", launch(128, dtype=torch.float32), slow=True),
-        AotCall("fp32 d=256 causal", launch(256, dtype=torch.float32), slow=True),
+        *[
+            AotCall(f"{name} d={dim} {variant}", launch(dim, dtype=dtype, **options), slow=True)
+            for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))
+            for dim in (64, 80, 96, 128, 256)
+            for variant, options in variants.items()
+            if (name, dim, variant) not in done
+        ],
     ]
 
 
