@@ -55,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     baselines = json.loads(options.baseline.read_text()) if options.baseline and options.baseline.is_file() else {}
     if options.update_baseline:
+        # Of one kernel with and without contraction the one that spills more: sorted, it comes last.
         baselines[report["triton"]] = dict(sorted((row.key, row.spills) for row in rows if row.spills))
         options.baseline.write_text(json.dumps(baselines, indent=1, sort_keys=True) + "\n")
     problems = [line for row in rows for line in row.problems(baselines.get(report["triton"]))]
@@ -66,14 +67,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def table(rows: Sequence[aot.Resources]) -> str:
     """The report as text, one line per kernel and target."""
-    heads = ("operator", "launch", "kernel", "target", "warps", "registers", "spills", "shared", "matrix instructions")
+    heads = (
+        "operator", "launch", "kernel", "target", "fusion", "warps", "registers", "spills", "shared",
+        "matrix instructions",
+    )  # fmt: skip
     lines = [heads]
     for row in rows:
         instructions = ", ".join(f"{count} {name}" for name, count in row.instructions.items())
-        fusion = "" if row.fp_fusion else " (no fusion)"
         lines.append(
-            (row.op, row.call + fusion, row.kernel, row.target, str(row.num_warps), str(row.registers), str(row.spills),
-             str(row.shared), instructions)
+            (row.op, row.call, row.kernel, row.target, "yes" if row.fp_fusion else "no", str(row.num_warps),
+             str(row.registers), str(row.spills), str(row.shared), instructions)
         )  # fmt: skip
     widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
     return "\n".join(

@@ -10,7 +10,8 @@ one layer of each type costs, a :class:`ClusterSpec` what a collective costs; :f
 
 Reading order: ``layer_strategy`` and ``plan`` (what is decided), ``profile`` and ``cluster`` (what is known),
 ``enumeration`` (what may be chosen), ``cost_model`` with ``hetu_cost`` (what it costs), ``dynamic_programming`` and
-``stage_search`` (the best choice inside the stages), ``search`` (the loop around them), ``explain``.
+``stage_search`` (the best choice inside the stages), ``partition`` and ``partition_search`` (where the stages begin),
+``search`` (the loop around them), ``explain``.
 ``galvatron_files``, ``galvatron_plans`` and ``galvatron_cost`` read the files of the released Galvatron 3 and follow
 its formulas.
 """
@@ -26,6 +27,7 @@ from lightning_hetu.planning.galvatron_files import GalvatronProfile, load_galva
 from lightning_hetu.planning.galvatron_plans import read_galvatron_plan, write_galvatron_plan
 from lightning_hetu.planning.hetu_cost import HetuConstants, HetuCostModel
 from lightning_hetu.planning.layer_strategy import LayerStrategy
+from lightning_hetu.planning.partition import balance_degree, balanced_cut
 from lightning_hetu.planning.plan import HybridPlan, PlanPrediction, RejectedPlan, even_stages
 from lightning_hetu.planning.profile import LayerProfile, ModelProfile
 from lightning_hetu.planning.search import evaluate, memory_breakdown, search, time_breakdown
@@ -49,6 +51,8 @@ __all__ = [
     "Pins",
     "PlanPrediction",
     "RejectedPlan",
+    "balance_degree",
+    "balanced_cut",
     "decision_tree",
     "decision_trees",
     "diff",

@@ -7,9 +7,11 @@ from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
-Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "p2p"]
+from lightning_hetu.planning.topology import Collective as Collective
+from lightning_hetu.planning.topology import Topology
+
 FORMAT_VERSION = 1
 
 
@@ -67,6 +69,10 @@ class ClusterSpec:
         layer_overhead: Seconds the runtime adds for one layer and microbatch, forward and backward together, whatever
             the layer computes: hooks and bookkeeping that are not hidden behind computation.
         device: Human-readable device name.
+        topology: Described links, for every collective that was not measured in the wanted group shape.
+
+    Raises:
+        ValueError: If a number is not a power of two, or ``topology`` has nodes of another size.
     """
 
     num_devices: int
@@ -77,6 +83,7 @@ class ClusterSpec:
     compute_slots: float | None = None
     layer_overhead: float = 0.0
     device: str = "unknown"
+    topology: Topology | None = None
     _index: dict[tuple[str, int, bool], CollectiveCost] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -86,6 +93,11 @@ class ClusterSpec:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1 or value & (value - 1):
                 raise ValueError(f"cluster.{name}={value!r}: expected a power of two (1, 2, 4, ...).")
+        if self.topology is not None and self.topology.devices_per_node != self.devices_per_node:
+            raise ValueError(
+                f"cluster.topology.devices_per_node={self.topology.devices_per_node}: expected"
+                f" {self.devices_per_node}, the cluster's own."
+            )
         object.__setattr__(self, "collectives", tuple(self.collectives))
         for cost in self.collectives:
             self._index[cost.op, cost.group_size, cost.consecutive] = cost
@@ -95,24 +107,42 @@ class ClusterSpec:
         """``compute_slots``, or the number of devices where it is not given."""
         return min(self.compute_slots or self.num_devices, self.num_devices)
 
-    def seconds(self, op: Collective, group_size: int, num_bytes: float, *, consecutive: bool = True) -> float:
+    def seconds(
+        self, op: Collective, group_size: int, num_bytes: float, *, stride: int = 1, first_rank: int = 0
+    ) -> float:
         """Seconds of one collective; 0 for groups of one.
 
-        A group that was not measured strided falls back on the consecutive one and the other way round; one whose size
-        was not measured on the next larger, then the largest measured.
+        What was measured for this group shape counts, where ranks are consecutive or strided by whatever stride; then
+        the described topology. Without one, a group that was not measured strided falls back on the consecutive one
+        and the other way round; one whose size was not measured on the next larger, then the largest measured.
+
+        Args:
+            op: Which collective.
+            group_size: Ranks taking part.
+            num_bytes: Bytes of the full tensor, see :class:`CollectiveCost`.
+            stride: Distance between the ranks of the group; 1 are neighbors. For ``p2p`` the distance between sender
+                and receiver.
+            first_rank: First rank of the group. Only ``p2p`` over a topology depends on it: whether two neighboring
+                stages are on one node.
 
         Raises:
-            ValueError: If the operation was never measured.
+            ValueError: If the operation was never measured and there is no topology.
         """
         if group_size <= 1 or num_bytes <= 0:
             return 0.0
-        for near in (consecutive, not consecutive):
-            cost = self._index.get((op, group_size, near))
+        near = stride == 1
+        # p2p is measured in one arrangement only.
+        for consecutive in (near, not near) if self.topology is None or op == "p2p" else (near,):
+            cost = self._index.get((op, group_size, consecutive))
             if cost is not None:
                 return cost.seconds(num_bytes)
-        known = sorted((key[1], key[2] != consecutive, key) for key in self._index if key[0] == op)
+        if self.topology is not None:
+            return self.topology.seconds(op, group_size, num_bytes, stride=stride, first_rank=first_rank)
+        known = sorted((key[1], key[2] != near, key) for key in self._index if key[0] == op)
         if not known:
-            raise ValueError(f"the cluster has no measurement of {op}: profile it, or add it to collectives.")
+            raise ValueError(
+                f"the cluster has no measurement of {op}: profile it, add it to collectives, or describe a topology."
+            )
         larger = [item for item in known if item[0] >= group_size]
         return self._index[(larger or known[-1:])[0][2]].seconds(num_bytes)
 
@@ -159,6 +189,8 @@ class ClusterSpec:
             }
             for c in self.collectives
         ]
+        if self.topology is not None:  # files without one stay as they were
+            out["topology"] = self.topology.to_dict()
         return out
 
     @classmethod
@@ -177,7 +209,12 @@ class ClusterSpec:
                 CollectiveCost(**{**item, "points": tuple(map(tuple, item["points"]))})
                 for item in data.pop("collectives", ())
             )
-            return cls(collectives=collectives, **data)
+            topology = data.pop("topology", None)
+            return cls(
+                collectives=collectives,
+                topology=None if topology is None else Topology.from_dict(topology),
+                **data,
+            )
         except (TypeError, KeyError) as error:
             raise ValueError(f"the cluster description is malformed: {error}.") from error
 

@@ -146,9 +146,12 @@ class CostModel(ABC):
     """Whether embedding and head may have strategies of their own."""
     additive_sync: bool = True
     """Whether a step of a single stage takes ``m * time per microbatch + synchronization``."""
+    uneven_stages: bool = True
+    """Whether the search may cut the model into stages of different numbers of blocks; needs ``exact_pipeline``."""
     exact_pipeline: bool = True
-    """Whether the search trades time per microbatch against synchronization across stages exactly; otherwise it
-    minimizes ``m * time + synchronization`` of every stage, as the paper does."""
+    """Whether the step time is that of :mod:`~lightning_hetu.planning.pipeline`: the search then trades time per
+    microbatch against synchronization across stages exactly. Otherwise it minimizes ``m * time + synchronization`` of
+    every stage, as the paper does."""
 
     @abstractmethod
     def strategies(self, row: int, setting: Setting) -> list[LayerStrategy]:
@@ -199,11 +202,6 @@ class CostModel(ABC):
     @abstractmethod
     def row_name(self, row: int) -> str:
         """Layer type of a row, for tables."""
-
-
-def pipeline_time(seconds: Sequence[float], sync: Sequence[float], num_microbatches: int) -> float:
-    """Textbook pipeline: fill and drain once, ``m - 1`` rounds of the slowest stage, the largest synchronization."""
-    return (num_microbatches - 1) * max(seconds) + sum(seconds) + max(sync)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lightning_hetu.planning.layer_strategy import LayerStrategy
+from lightning_hetu.planning.partition import balance_degree
 from lightning_hetu.planning.plan import HybridPlan
 from lightning_hetu.planning.units import format_bytes, format_seconds
 
@@ -30,8 +31,9 @@ def explain(plan: HybridPlan) -> str:
 
 def _header(plan: HybridPlan) -> list[str]:
     stages, world = plan.pipeline_parallel_size, plan.world_size
-    sizes = sorted(set(plan.stages))
-    blocks = f"{stages} stage{'s' * (stages > 1)} of {_join(sizes)} block{'s' * (sizes[-1] > 1)}"
+    even = len(set(plan.stages)) == 1
+    sizes = str(plan.stages[0]) if even else ", ".join(map(str, plan.stages[:-1])) + f" and {plan.stages[-1]}"
+    blocks = f"{stages} stage{'s' * (stages > 1)} of {sizes} block{'s' * (max(plan.stages) > 1)}"
     if stages > 1:
         blocks += f", schedule {plan.schedule}"
     lines = [
@@ -45,11 +47,13 @@ def _header(plan: HybridPlan) -> list[str]:
     time = prediction.iteration_time
     rate = f", {plan.global_batch_size / time:.4g} samples/s" if time > 0 else ""
     budget = "" if prediction.memory_budget is None else f", budget {format_bytes(prediction.memory_budget)} per device"
-    return [*lines, f"predicted step {format_seconds(time)}{rate}{budget} (cost model {prediction.cost_model})"]
-
-
-def _join(values: Sequence[int]) -> str:
-    return " or ".join(map(str, values))
+    lines.append(f"predicted step {format_seconds(time)}{rate}{budget} (cost model {prediction.cost_model})")
+    if stages > 1:
+        balance = [balance_degree(loads) for loads in (prediction.stage_times, prediction.stage_memory)]
+        lines.append(
+            f"balance of the stages: time {balance[0]:.3f}, memory {balance[1]:.3f}, best {1 - 1 / stages:.3f}"
+        )
+    return lines
 
 
 def describe(strategy: LayerStrategy) -> str:

@@ -48,6 +48,7 @@ class GalvatronCostModel(CostModel):
     name = "galvatron3"
     split_vocab = False
     exact_pipeline = False
+    uneven_stages = False
     additive_sync = False
 
     def __init__(

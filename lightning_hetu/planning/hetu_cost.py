@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from math import gcd
 
 from lightning_hetu.planning.cluster import ClusterSpec
-from lightning_hetu.planning.cost_model import Bytes, CostModel, RowCost, RowMemory, Setting, byte_vector, pipeline_time
+from lightning_hetu.planning.cost_model import Bytes, CostModel, RowCost, RowMemory, Setting, byte_vector
 from lightning_hetu.planning.enumeration import layer_strategies
 from lightning_hetu.planning.layer_strategy import LayerStrategy
+from lightning_hetu.planning.pipeline import step_time
 from lightning_hetu.planning.profile import LayerProfile, ModelProfile
 
 
@@ -160,17 +161,17 @@ class HetuCostModel(CostModel):
         samples = setting.microbatch_size / strategy.dp
         shards = strategy.shard_degree
         full = layer.parameters(strategy.tp)
-        # Ranks of a data-parallel group are neighbors only without tensor parallelism in between.
-        near = strategy.tp == 1
+        # Tensor parallelism is innermost: the ranks that hold one shard of the weights are tp apart.
+        stride = strategy.tp if strategy.tp_consecutive else 1
 
         contention = self.contention(setting)
         forward = layer.forward_seconds(samples / (strategy.sp * strategy.cp), strategy.tp) * contention
         overhead = self.cluster.layer_overhead * contention
         backward = forward * layer.backward_ratio + (forward if strategy.recompute else 0.0)
-        gather = self.cluster.seconds("all_gather", shards, full * self._gathered, consecutive=near)
+        gather = self.cluster.seconds("all_gather", shards, full * self._gathered, stride=stride)
         gradient = full * layer.trainable_fraction * self._reduced
         reduce = self.cluster.seconds(
-            "all_reduce" if strategy.dp_type == "ddp" else "reduce_scatter", shards, gradient, consecutive=near
+            "all_reduce" if strategy.dp_type == "ddp" else "reduce_scatter", shards, gradient, stride=stride
         )
         tensor = self._tensor_seconds(row, strategy, samples)
         border = self._border_seconds(row, stage, strategy, setting)
@@ -225,15 +226,17 @@ class HetuCostModel(CostModel):
             count = c.tp_forward_reduces + c.tp_backward_reduces
             count += c.tp_recompute_reduces if strategy.recompute else 0
             message = self.boundary_bytes(row) * samples
-        return count * self.cluster.seconds("all_reduce", strategy.tp, message, consecutive=strategy.tp_consecutive)
+        stride = 1 if strategy.tp_consecutive else strategy.shard_degree
+        return count * self.cluster.seconds("all_reduce", strategy.tp, message, stride=stride)
 
-    def _regroup_seconds(self, row: int, finer: int, coarser: int, setting: Setting, *, near: bool) -> float:
+    def _regroup_seconds(self, row: int, finer: int, coarser: int, setting: Setting) -> float:
         """One all-gather of the input of ``row`` from ``finer`` batch shards to ``coarser`` ones.
 
-        Going back is a slice and free.
+        Going back is a slice and free. Devices with one of the finer shards are neighbors.
         """
         message = self.boundary_bytes(row) * setting.microbatch_size / coarser
-        return self.cluster.seconds("all_gather", finer // coarser, message, consecutive=near)
+        stride = setting.devices_per_stage // finer
+        return self.cluster.seconds("all_gather", finer // coarser, message, stride=stride)
 
     def relayout_seconds(self, row: int, before: LayerStrategy, after: LayerStrategy, setting: Setting) -> float:
         """Seconds per microbatch to bring the output of the row before into the layout of ``row``.
@@ -243,7 +246,7 @@ class HetuCostModel(CostModel):
         if before.dp == after.dp:
             return 0.0
         finer, coarser = (before, after) if before.dp > after.dp else (after, before)
-        return self._regroup_seconds(row, finer.dp, coarser.dp, setting, near=finer.tp == 1)
+        return self._regroup_seconds(row, finer.dp, coarser.dp, setting)
 
     def _border_seconds(self, row: int, stage: int, strategy: LayerStrategy, setting: Setting) -> float:
         """Communication at the borders of a stage, per microbatch.
@@ -253,15 +256,17 @@ class HetuCostModel(CostModel):
         rows = setting.rows(stage)
         total = 0.0
         shards = self._border_shards(setting)
-        for border_row in (
-            row if row == rows[0] and stage > 0 else None,
-            row + 1 if row == rows[-1] and stage < setting.num_stages - 1 else None,
+        devices = setting.devices_per_stage
+        for border_row, sender in (
+            (row if row == rows[0] and stage > 0 else None, stage - 1),
+            (row + 1 if row == rows[-1] and stage < setting.num_stages - 1 else None, stage),
         ):
             if border_row is None:
                 continue
             message = self.boundary_bytes(border_row) * setting.microbatch_size / shards
-            total += self.cluster.seconds("p2p", 2, message, consecutive=False)
-            total += self._regroup_seconds(border_row, shards, min(strategy.dp, shards), setting, near=strategy.tp == 1)
+            # Every rank talks to the one at its position in the next stage.
+            total += self.cluster.seconds("p2p", 2, message, stride=devices, first_rank=sender * devices)
+            total += self._regroup_seconds(border_row, shards, min(strategy.dp, shards), setting)
         return total
 
     @staticmethod
@@ -270,8 +275,8 @@ class HetuCostModel(CostModel):
         return gcd(setting.microbatch_size, setting.devices_per_stage)
 
     def iteration_time(self, seconds: Sequence[float], sync: Sequence[float], setting: Setting) -> float:
-        """Seconds of one step: the textbook pipeline formula."""
-        return pipeline_time(seconds, sync, setting.num_microbatches)
+        """Seconds of one step, see :mod:`~lightning_hetu.planning.pipeline`."""
+        return step_time(seconds, sync, setting.num_microbatches, setting.schedule)
 
     # ---- memory -----------------------------------------------------------------------------------------------------
 

@@ -14,12 +14,13 @@ from typing import Any, Literal, get_args
 
 from lightning_hetu.planning.alternatives import rejected_alternatives
 from lightning_hetu.planning.cluster import ClusterSpec
-from lightning_hetu.planning.cost_model import CATEGORIES, CostModel, predict, stage_report
+from lightning_hetu.planning.cost_model import CATEGORIES, CostModel, Setting, predict, stage_report
 from lightning_hetu.planning.enumeration import powers_of_two
 from lightning_hetu.planning.errors import NoFeasiblePlanError
 from lightning_hetu.planning.galvatron_cost import GalvatronCostModel
 from lightning_hetu.planning.galvatron_files import GalvatronProfile
 from lightning_hetu.planning.hetu_cost import HetuConstants, HetuCostModel
+from lightning_hetu.planning.partition_search import PartitionSearch
 from lightning_hetu.planning.plan import HybridPlan, PlanPrediction
 from lightning_hetu.planning.profile import ModelProfile
 from lightning_hetu.planning.search_space import Pins
@@ -28,6 +29,7 @@ from lightning_hetu.planning.units import parse_bytes
 
 CostModelName = Literal["hetu", "galvatron3"]
 Progress = Callable[[int, int], None]
+Candidates = SettingSearch | PartitionSearch
 
 _log = logging.getLogger(__name__)
 _TIE = 1e-9
@@ -183,7 +185,7 @@ def search(
         found = _search_settings(settings, budget - model.reserve(budget), progress)
         if found is None:
             raise NoFeasiblePlanError(budget, _smallest_budget(settings))
-        plan = found[0].plan(found[1])
+        plan = found.plan()
     if fixed.layers is None:
         plan = _in_few_runs(model, plan, budget)
     plan = replace(plan, prediction=predict(model, plan, memory_budget=budget))
@@ -192,40 +194,43 @@ def search(
     return plan
 
 
-def _prepare(model: CostModel, batch: int, pins: Pins) -> list[SettingSearch]:
+def _prepare(model: CostModel, batch: int, pins: Pins) -> list[Candidates]:
     """All settings of one batch size in which every row has an option."""
-    settings = [SettingSearch(model, setting, pins) for setting in pins.settings(model, batch)]
+    settings = [_candidates(model, setting, pins) for setting in pins.settings(model, batch)]
     return [setting for setting in settings if setting.variants]
 
 
-def _rank(setting: SettingSearch, found: Found) -> tuple[int, int, int]:
+def _candidates(model: CostModel, setting: Setting, pins: Pins) -> Candidates:
+    """The plans of a setting: of its cut into stages, or of all cuts where that is free."""
+    cuts = model.uneven_stages and pins.free_cut and 1 < setting.num_stages < model.num_layers
+    return PartitionSearch(model, setting, pins) if cuts else SettingSearch(model, setting, pins)
+
+
+def _rank(found: Found) -> tuple[int, int, int]:
     """Orders plans of equal throughput."""
-    return setting.setting.num_microbatches, setting.setting.num_stages, found.peak
+    return found.setting.num_microbatches, found.setting.num_stages, found.peak
 
 
-def _search_settings(
-    settings: list[SettingSearch], capacity: int, progress: Progress | None
-) -> tuple[SettingSearch, Found] | None:
+def _search_settings(settings: list[Candidates], capacity: int, progress: Progress | None) -> Found | None:
     """The best plan over the settings of one batch size, most promising first."""
     bounds = [(setting.lower_bound(capacity), index) for index, setting in enumerate(settings)]
-    best: tuple[SettingSearch, Found] | None = None
+    best: Found | None = None
     for done, (bound, index) in enumerate(sorted(bounds), start=1):
-        incumbent = float("inf") if best is None else best[1].time
+        incumbent = float("inf") if best is None else best.time
         if bound < float("inf") and bound <= incumbent * (1 + _TIE):
-            setting = settings[index]
-            found = setting.best(capacity, incumbent)
-            if found is not None and (best is None or _beats(setting, found, *best)):
-                best = setting, found
+            found = settings[index].best(capacity, incumbent)
+            if found is not None and (best is None or _beats(found, best)):
+                best = found
         if progress is not None:
             progress(done, len(settings))
     return best
 
 
-def _beats(setting: SettingSearch, found: Found, other_setting: SettingSearch, other: Found) -> bool:
+def _beats(found: Found, other: Found) -> bool:
     """Whether a plan is faster than another one of the same batch size, or equally fast and ranks before it."""
     if abs(found.time - other.time) > _TIE * other.time:
         return found.time < other.time
-    return _rank(setting, found) < _rank(other_setting, other)
+    return _rank(found) < _rank(other)
 
 
 def _search_batch_sizes(model: CostModel, budget: int, pins: Pins, progress: Progress | None) -> HybridPlan:
@@ -235,7 +240,7 @@ def _search_batch_sizes(model: CostModel, budget: int, pins: Pins, progress: Pro
     stops after two doublings that gain less than one percent.
     """
     best: tuple[float, HybridPlan] | None = None
-    tried: list[SettingSearch] = []
+    tried: list[Candidates] = []
     batch, idle = pins.num_microbatches or 1, 0
     while batch <= _LARGEST_BATCH and idle < _PATIENCE:
         settings = _prepare(model, batch, pins)
@@ -243,13 +248,13 @@ def _search_batch_sizes(model: CostModel, budget: int, pins: Pins, progress: Pro
         if settings and best is None:
             tried += settings
         if found is not None:
-            throughput = batch / found[1].time if found[1].time > 0 else float("inf")
+            throughput = batch / found.time if found.time > 0 else float("inf")
             idle = 0 if best is None or throughput > best[0] * _WORTHWHILE_GAIN else idle + 1
             if best is None or throughput > best[0] * (1 + _TIE):
-                best = throughput, found[0].plan(found[1])
+                best = throughput, found.plan()
         elif settings:
             idle += 1
-        _log.debug("batch %d: %s", batch, "no plan" if found is None else f"{found[1].time:.6g} s")
+        _log.debug("batch %d: %s", batch, "no plan" if found is None else f"{found.time:.6g} s")
         batch *= 2
     if best is not None:
         return best[1]
@@ -289,7 +294,7 @@ def _runs_of_one_type(model: CostModel, first: int, last: int) -> Iterator[tuple
             start = block
 
 
-def _smallest_budget(settings: list[SettingSearch]) -> int:
+def _smallest_budget(settings: list[Candidates]) -> int:
     return min(setting.model.budget_for(setting.least_peak()) for setting in settings)
 
 

@@ -68,12 +68,13 @@ class Pins:
                 for degree in values[name]:
                     _check_positive(name, degree)
         if "stages" in values:
-            values["stages"] = _parse_stages(values["stages"], num_layers)
-            count = values.setdefault("pipeline_parallel_size", len(values["stages"]))
-            if count != len(values["stages"]):
-                raise ValueError(
-                    f"pipeline_parallel_size={count} contradicts stages={list(values['stages'])}: give one of them."
-                )
+            given = values["stages"]
+            stages = _parse_stages(given, num_layers)
+            count = values.setdefault("pipeline_parallel_size", len(stages))
+            if count != len(stages):
+                raise ValueError(f"pipeline_parallel_size={count} contradicts stages={given!r}: give one of them.")
+            # A number of stages leaves open where the model is cut.
+            values["stages"] = None if isinstance(given, int) else stages
         if "schedule" in values and values["schedule"] not in get_args(Schedule):
             raise ValueError(f"schedule={values['schedule']!r}: expected one of {', '.join(get_args(Schedule))}.")
         if "dp_type" in values:
@@ -122,6 +123,7 @@ class Pins:
     def settings(self, model: CostModel, global_batch_size: int) -> Iterator[Setting]:
         """Every combination of stages, microbatches and schedule for one batch size, fewest of each first.
 
+        Stages are of even size where the cut is not pinned; :attr:`free_cut` says whether others may be tried.
         Of the schedules, only ``1f1b`` is searched: ``gpipe`` takes the same time and at least the same memory.
         """
         schedule: Schedule = self.schedule or "1f1b"
@@ -131,6 +133,11 @@ class Pins:
                 if schedule == "1f1b" and count > 1 and microbatches < count:
                     continue
                 yield Setting(model.num_devices, global_batch_size, microbatches, stages, schedule)
+
+    @property
+    def free_cut(self) -> bool:
+        """Whether the search may choose how many blocks each stage has."""
+        return self.stages is None
 
     def pinned_strategies(self) -> dict[str, LayerStrategy]:
         """The rows that are pinned, by the name of the field, blocks with an index; equal blocks once."""

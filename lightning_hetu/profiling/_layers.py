@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import re
@@ -62,11 +63,16 @@ def source_hash(part: nn.Module) -> str:
     digest = hashlib.sha256()
     classes = {type(module) for module in part.modules() if not type(module).__module__.startswith("torch.")}
     for cls in sorted(classes, key=lambda item: (item.__module__, item.__qualname__)):
-        try:
-            digest.update(inspect.getsource(cls).encode())
-        except (OSError, TypeError):  # defined in an interactive session: only its name is known
-            digest.update(cls.__qualname__.encode())
+        digest.update(_source(cls).encode())  # type: ignore[arg-type]
     return digest.hexdigest()[:16]
+
+
+@functools.cache  # a model has many layers of few classes
+def _source(cls: type[nn.Module]) -> str:
+    try:
+        return inspect.getsource(cls)
+    except (OSError, TypeError):  # defined in an interactive session: only its name is known
+        return cls.__qualname__
 
 
 def _class_name(module: nn.Module) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import os
 from collections.abc import Callable
@@ -386,7 +387,20 @@ def arguments_of(**changes: Any) -> dict[str, Any]:
         ({"eps": -1.0}, ValueError, "eps=-1.0, expected 0 or more"),
         ({"weight_decay": float("nan")}, ValueError, "weight_decay=nan, expected 0 or more"),
         ({"betas": (0.9, 1.0)}, ValueError, r"betas=\(0.9, 1.0\), expected two numbers from 0 to below 1"),
-        ({"max_norm": 0.0}, ValueError, "max_norm=0.0, expected a positive number or None"),
+        ({"max_norm": 0.0}, ValueError, "max_norm=0.0, expected a positive number, or None"),
+        ({"max_norm": "1"}, TypeError, "max_norm='1', expected a positive number, or None"),
+        ({"master_params": [torch.ones(3, 2), torch.ones(4).bfloat16()]}, TypeError,
+         r"master_params\[1\] has dtype torch.bfloat16, expected torch.float32"),
+        ({"step": 3.0}, TypeError, "step is a float, expected a list of tensors"),
+        ({"step": [3.0]}, TypeError, r"step\[0\] is a float, expected a tensor"),
+        ({"grads": [None, torch.ones(4)]}, TypeError, r"grads\[0\] is None, expected a tensor"),
+        ({"params": torch.ones(2, 3)}, TypeError, "params is a (Tensor|Parameter), expected a list of tensors"),
+        ({"params": (torch.ones(size) for size in (3, 4))}, TypeError, "params is a generator, expected a list"),
+        ({"lr": "0.1"}, TypeError, "lr='0.1', expected 0 or more"),
+        ({"eps": None}, TypeError, "eps is None, expected 0 or more"),
+        ({"betas": 0.9}, ValueError, "betas=0.9, expected two numbers"),
+        ({"betas": (torch.tensor(0.9), 0.99)}, TypeError, r"betas\[0\] is a Tensor, expected a number"),
+        ({"maximize": None}, TypeError, "maximize is None, expected True or False"),
         ({"grads": [torch.ones(3, 2), torch.ones(4, device="meta")]}, ValueError,
          r"grads\[1\] is on meta, params\[0\] on cpu"),
     ],
@@ -412,6 +426,9 @@ def test_distributed_tensors_are_refused() -> None:
         ({"amsgrad": True}, "AdamW: group 0 has amsgrad=True, expected False"),
         ({"lr": -0.1}, "AdamW: lr=-0.1, expected 0 or more"),
         ({"betas": (1.5, 0.9)}, r"AdamW: betas=\(1.5, 0.9\)"),
+        ({"betas": (torch.tensor(1.5), 0.9)}, r"AdamW: betas=\(1.5, 0.9\)"),
+        ({"betas": (torch.zeros((), device="meta"), 0.9)}, r"AdamW: betas\[0\] has shape \[\] on meta, expected a num"),
+        ({"differentiable": True}, "AdamW: group 0 has differentiable=True, expected False"),
     ],
 )
 def test_optimizer_refuses(changes: dict[str, Any], message: str) -> None:
@@ -423,12 +440,47 @@ def test_optimizer_refuses_later() -> None:
     optimizer = hetu_kernels.AdamW(parameters()[:1])
     with pytest.raises(ValueError, match="group 1 has amsgrad=True"):
         optimizer.add_param_group({"params": parameters()[1:], "amsgrad": True})
-    with pytest.raises(ValueError, match="group 0 has amsgrad=True"):
-        hetu_kernels.AdamW(parameters()).load_state_dict(torch.optim.AdamW(parameters(), amsgrad=True).state_dict())
+    assert len(optimizer.param_groups) == 1
     params = parameters()[:1]
     params[0].grad = torch.ones(5, 7).to_sparse()
     with pytest.raises(TypeError, match="a gradient is torch.sparse_coo of torch.float32"):
         hetu_kernels.AdamW(params).step()
+
+
+def test_a_checkpoint_that_is_refused_changes_nothing() -> None:
+    params, others = parameters(), parameters()
+    ours, theirs = hetu_kernels.AdamW(params, lr=0.1), torch.optim.AdamW(others, lr=0.2, amsgrad=True)
+    for optimizer, tensors in ((ours, params), (theirs, others)):
+        set_gradients(tensors, 0)
+        optimizer.step()
+    before = copy.deepcopy(ours.state_dict())
+    with pytest.raises(ValueError, match="AdamW: group 0 has amsgrad=True, expected False"):
+        ours.load_state_dict(theirs.state_dict())
+    after = ours.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    for number, state in before["state"].items():
+        assert after["state"][number].keys() == state.keys()
+        assert all(torch.equal(after["state"][number][name], value) for name, value in state.items())
+    set_gradients(params, 1)
+    ours.step()
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("mode", ["auto", "reference"])
+def test_arguments_are_those_of_torch(mode: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also tensors as decays of the moments, which torch takes."""
+    monkeypatch.setenv("LIGHTNING_HETU_KERNELS", mode)
+    found = []
+    for kind in (torch.optim.AdamW, hetu_kernels.AdamW):
+        assert inspect.signature(kind).parameters.keys() == inspect.signature(torch.optim.AdamW).parameters.keys()
+        params = parameters(device=device)
+        betas = (torch.tensor(0.8), torch.tensor(0.95)) if kind is hetu_kernels.AdamW else (0.8, 0.95)
+        optimizer = kind(params, lr=0.1, betas=betas, differentiable=False)
+        for seed in range(2):
+            set_gradients(params, seed)
+            optimizer.step()
+        found.append(params)
+    assert_same_parameters(found[1], found[0])
 
 
 def _sharded(rank: int, mode: str) -> list[Tensor]:

@@ -38,14 +38,24 @@ def test_variance_survives_a_large_mean(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "error", "message"),
     [
-        ({"shift": torch.randn(9)}, r"shift has shape \[9\], expected \[8\]"),
-        ({"weight": torch.randn(8, 1)}, r"weight has shape \[8, 1\], expected \[8\]"),
-        ({"residual": torch.randn(3, 7)}, r"residual has shape \[3, 7\], expected that of x"),
+        ({"shift": torch.randn(9)}, ValueError, r"shift has shape \[9\], expected \[8\]"),
+        ({"weight": torch.randn(8, 1)}, ValueError, r"weight has shape \[8, 1\], expected \[8\]"),
+        ({"residual": torch.randn(3, 7)}, ValueError, r"residual has shape \[3, 7\], expected that of x"),
+        ({"weight": None}, TypeError, "weight is None, expected a tensor"),
+        ({"residual_dtype": torch.int32}, ValueError, "residual_dtype=torch.int32, expected one of torch.float32"),
+        ({"residual": torch.randn(3, 8).double()}, TypeError, "residual has dtype torch.float64, x torch.float32"),
+        ({"eps": -1.0}, ValueError, "eps=-1.0, expected 0 or more"),
+        ({"eps": "1"}, TypeError, "eps='1', expected 0 or more"),
     ],
 )
-def test_wrong_arguments_are_named(changes: dict, message: str) -> None:
+def test_wrong_arguments_are_named(changes: dict, error: type[Exception], message: str) -> None:
     arguments = {"x": torch.randn(3, 8), "residual": None, "weight": torch.randn(8), **changes}
-    with pytest.raises(ValueError, match=f"add_layer_norm: {message}"):
+    with pytest.raises(error, match=f"add_layer_norm: {message}"):
         hetu_kernels.add_layer_norm(**arguments)
+
+
+def test_norm_without_a_weight_is_refused() -> None:
+    with pytest.raises(TypeError, match="weight is None, expected a tensor"):
+        hetu_kernels.layer_norm(torch.randn(3, 8), None)

@@ -57,9 +57,26 @@ def test_only_the_stream_may_be_used(device: torch.device) -> None:
         ({"weight": torch.randn(7)}, ValueError, r"weight has shape \[7\], expected \[8\]"),
         ({"bias": torch.randn(3, 8)}, ValueError, r"bias has shape \[3, 8\], expected \[8\]"),
         ({"weight": 1.0}, TypeError, "weight is a float, expected a tensor"),
+        ({"weight": None}, TypeError, "weight is None, expected a tensor"),
+        ({"x": None}, TypeError, "x is None, expected a tensor"),
+        ({"residual_dtype": torch.int32}, ValueError, "residual_dtype=torch.int32, expected one of torch.float32"),
+        ({"residual": torch.randn(3, 8).double()}, TypeError,
+         "residual has dtype torch.float64, x torch.float32: float64 does not mix"),
+        ({"x": torch.randn(3, 8).double(), "residual": torch.randn(3, 8)}, TypeError,
+         "residual has dtype torch.float32, x torch.float64"),
+        ({"residual_dtype": torch.float64}, TypeError, "residual_dtype has dtype torch.float64, x torch.float32"),
+        ({"eps": None}, TypeError, "eps is None, expected 0 or more"),
+        ({"eps": -1e-6}, ValueError, "eps=-1e-06, expected 0 or more"),
+        ({"eps": float("nan")}, ValueError, "eps=nan, expected 0 or more"),
+        ({"zero_centered": None}, TypeError, "zero_centered is None, expected True or False"),
     ],
-)
+)  # fmt: skip
 def test_wrong_arguments_are_named(changes: dict, error: type[Exception], message: str) -> None:
     arguments = {"x": torch.randn(3, 8), "residual": None, "weight": torch.randn(8), **changes}
     with pytest.raises(error, match=f"add_rms_norm: {message}"):
         hetu_kernels.add_rms_norm(**arguments)
+
+
+def test_norm_without_a_weight_is_refused() -> None:
+    with pytest.raises(TypeError, match="weight is None, expected a tensor"):
+        hetu_kernels.rms_norm(torch.randn(3, 8), None)

@@ -11,6 +11,7 @@ import pytest
 from hetu_kernels._common import aot as aot_module
 from hetu_kernels._common.aot import Resources, jit_functions, narrow_offsets
 from hetu_kernels._common.device import TARGETS
+from hetu_kernels.aot import table
 from tests.kernels.conftest import aot
 
 PACKAGE = Path(__file__).parents[2] / "kernels" / "hetu_kernels"
@@ -95,6 +96,16 @@ def test_broken_rules_are_reported(changes: dict[str, Any], problem: str) -> Non
     assert problem in line
     assert resources().problems() == []
     assert resources(target="sm_80", spills=2).problems(accepted) == []
+
+
+def test_rows_with_and_without_contraction_can_be_told_apart() -> None:
+    rows = [resources(fp_fusion=fusion, spills=3) for fusion in (True, False)]
+    heads, *lines = (line.split() for line in table(rows).splitlines())
+    assert [line[heads.index("fusion")] for line in lines] == ["yes", "no"]
+    assert [line[: heads.index("fusion")] for line in lines] == [["op", "call", "kernel", "sm_90"]] * 2
+    problems = [row.problems()[0] for row in rows]
+    assert problems[0].startswith("op, call, kernel on sm_90: 3 spills")
+    assert problems[1].startswith("op, call, kernel on sm_90 without contraction: 3 spills")
 
 
 TTIR = """

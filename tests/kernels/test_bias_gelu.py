@@ -89,6 +89,7 @@ def test_kernels_read_their_arguments_only(case: Case) -> None:
         ({"x": torch.tensor(1.0)}, ValueError, r"x has shape \[\], expected rows"),
         ({"x": torch.arange(24).view(3, 8)}, TypeError, "x has dtype torch.int64, expected float32"),
         ({"bias": torch.randn(7)}, ValueError, r"bias has shape \[7\], expected \[8\]"),
+        ({"x": None}, TypeError, "x is None, expected a tensor"),
         ({"bias": 1.0}, TypeError, "bias is a float, expected a tensor"),
         ({"approximate": "erf"}, ValueError, "approximate='erf', expected one of 'none', 'tanh'"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -83,8 +84,25 @@ def test_has_a_test_file_and_a_docs_row(name: str) -> None:
     assert f"`{name}`" in (ROOT / "docs" / "kernels.md").read_text()
 
 
+@pytest.mark.parametrize("name", OPS)
+def test_custom_operators_are_named_after_the_operator(name: str) -> None:
+    """``<op>_fwd`` and ``<op>_bwd``; pack and unpack are each other's backward; ``<op>`` for what works in place."""
+    pair = {"pack_fwd", "unpack_fwd"} if name in ("pack", "unpack") else {f"{name}_fwd", f"{name}_bwd"}
+    spec = op_spec(name)
+    assert set(spec.custom_ops) <= pair or (spec.custom_ops == (name,) and not spec.differentiable)
+
+
+def test_what_is_launched_is_called_a_kernel() -> None:
+    for file in PACKAGE.rglob("*.py"):
+        own = {function.name for function in jitted(file)}
+        for node in ast.walk(ast.parse(file.read_text())):
+            launch = isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)
+            if launch and isinstance(node.func.value, ast.Name) and node.func.value.id in own:
+                assert re.fullmatch(r"_[a-z_]+_kernel", node.func.value.id), f"{file.name}: {node.func.value.id}"
+
+
 def test_kernels_are_named_and_documented() -> None:
-    """``_<op>_kernel`` for what is launched, pointers end in ``_ptr``, compile-time constants are upper case."""
+    """Pointers end in ``_ptr``, compile-time constants are upper case."""
     for file in PACKAGE.rglob("*.py"):
         for function in jitted(file):
             assert ast.get_docstring(function), f"{file.name}: {function.name} has no docstring"

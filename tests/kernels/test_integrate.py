@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hetu_kernels.integrate import Integration, use_kernels
+from hetu_kernels.integrate import use_kernels
 from hetu_kernels.integrate.attention import padded_attention
 from lightning_hetu.models.gpt import GPT, GPTConfig
 
@@ -246,9 +246,56 @@ def test_what_no_kernel_computes_stays_as_it_is() -> None:
 
 def test_calling_it_twice_changes_nothing_more(gpt: GPT) -> None:
     first = use_kernels(gpt)
-    with pytest.raises(ValueError, match="GPT has no module that one of the chosen kernels replaces"):
-        use_kernels(gpt)
-    assert isinstance(first, Integration)
+    types = [type(module) for module in gpt.modules()]
+    second = use_kernels(gpt)
+    assert second.replaced == {}
+    assert repr(second) == "Integration(nothing)"
+    second.undo()
+    assert [type(module) for module in gpt.modules()] == types
+    first.undo()
+    assert type(gpt.head.norm) is nn.RMSNorm
+
+
+def test_a_second_call_finds_models_of_the_library_too() -> None:
+    model = build("llama")
+    assert use_kernels(model, norms=False, activations=False).replaced == {"attention": "varlen_attention"}
+    assert use_kernels(model, norms=False, activations=False).replaced == {}
+
+
+def test_a_model_without_anything_to_exchange_is_refused() -> None:
+    with pytest.raises(ValueError, match="ReLU has no module that one of the chosen kernels replaces"):
+        use_kernels(nn.ReLU())
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_rms_norm_without_eps_uses_torchs(dtype: torch.dtype) -> None:
+    """That of float32, in which narrow dtypes are computed; rows are small enough to tell."""
+    norm = nn.Sequential(nn.RMSNorm(32)).to(dtype)
+    x = (torch.randn(4, 32) * 3e-4).to(dtype)
+    expected = norm(x)
+    with use_kernels(norm):
+        torch.testing.assert_close(norm(x), expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [nn.LayerNorm, nn.RMSNorm])
+def test_autocast_changes_no_dtype_of_a_norm(kind: type[nn.Module], dtype: torch.dtype) -> None:
+    """On the CPU it leaves norms alone; weights are float32."""
+    norm, x = nn.Sequential(kind(32)), torch.randn(4, 32).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = norm(x)
+        with use_kernels(norm):
+            found = norm(x)
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+
+
+def test_a_forward_of_the_objects_own_is_kept() -> None:
+    norms = nn.Sequential(nn.LayerNorm(8), nn.LayerNorm(8))
+    norms[0].forward = lambda x: x + 1  # type: ignore[method-assign]
+    with use_kernels(norms) as integration:
+        assert integration.replaced == {"1": "add_layer_norm"}
 
 
 def test_wrong_arguments_are_named() -> None:

@@ -378,9 +378,18 @@ def test_peak_memory_on_a_gpu() -> None:
         ({"bias": torch.randn(4)}, ValueError, r"bias has shape \[4\], expected \[5\]"),
         ({"class_weight": torch.randn(6)}, ValueError, r"class_weight has shape \[6\], expected \[5\]"),
         ({"label_smoothing": 1.5}, ValueError, "label_smoothing=1.5, expected 0 to 1"),
-        ({"softcap": 0.0}, ValueError, "softcap=0.0, expected a positive number or None"),
+        ({"label_smoothing": None}, TypeError, "label_smoothing is None, expected a number"),
+        ({"softcap": 0.0}, ValueError, r"softcap=0.0, expected a positive number \(finite\), or None for no cap"),
+        ({"softcap": float("inf")}, ValueError, "softcap=inf, expected a positive number"),
+        ({"z_loss": -0.1}, ValueError, "z_loss=-0.1, expected 0 or more"),
+        ({"z_loss": float("nan")}, ValueError, "z_loss=nan, expected 0 or more"),
+        ({"ignore_index": None}, TypeError, "ignore_index is None, expected an integer"),
+        ({"chunk_bytes": 1e6}, TypeError, "chunk_bytes=1000000.0, expected an integer"),
+        ({"group": "tp"}, TypeError, "group='tp', expected a torch.distributed.ProcessGroup or None"),
+        ({"weight": None}, TypeError, "weight is None, expected a tensor"),
+        ({"target": [0, 1, 2]}, TypeError, "target is a list, expected a tensor"),
         ({"reduction": "avg"}, ValueError, "reduction='avg', expected one of 'mean', 'sum', 'none'"),
-        ({"chunk_bytes": 0}, ValueError, "chunk_bytes=0, expected a positive number"),
+        ({"chunk_bytes": 0}, ValueError, "chunk_bytes=0, expected at least 1"),
     ],
 )
 def test_wrong_arguments_are_named(changes: dict, error: type[Exception], message: str) -> None:
@@ -389,6 +398,15 @@ def test_wrong_arguments_are_named(changes: dict, error: type[Exception], messag
     }  # fmt: skip
     with pytest.raises(error, match=f"linear_cross_entropy: {message}"):
         hetu_kernels.linear_cross_entropy(**arguments)
+
+
+def test_autocast_does_not_hide_a_float64_beside_others() -> None:
+    weight = torch.randn(5, 8, dtype=torch.float64)
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(TypeError, match="weight has dtype torch.float64, x torch"),
+    ):
+        hetu_kernels.linear_cross_entropy(torch.randn(3, 8), weight, torch.zeros(3, dtype=torch.long))
 
 
 def test_distributed_tensors_are_refused() -> None:

@@ -143,6 +143,8 @@ def test_kernels_read_their_arguments_only(case: Case) -> None:
         ({"lengths": [1, 2], "max_length": 3}, TypeError, "lengths is a list, expected a tensor"),
         ({"lengths": torch.tensor([1]), "max_length": -1}, ValueError, "max_length=-1, expected at least 0"),
         ({"mask": MASK, "total_tokens": -2}, ValueError, "total_tokens=-2, expected at least 0"),
+        ({"mask": MASK, "total_tokens": 9.0}, TypeError, "total_tokens=9.0, expected an integer"),
+        ({"mask": MASK, "total_tokens": MASK.sum()}, TypeError, "total_tokens is a Tensor, expected an integer; take"),
     ],
 )
 def test_wrong_layouts_are_named(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -163,3 +165,34 @@ def test_wrong_layouts_are_named(arguments: dict[str, Any], error: type[Exceptio
 def test_wrong_arguments_are_named(x: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"pack: {message}"):
         hetu_kernels.pack(x, padding_layout(MASK))
+
+
+@pytest.mark.parametrize(
+    ("layout", "error", "message"),
+    [
+        (None, TypeError, "layout is a NoneType, expected a PaddingLayout"),
+        (MASK, TypeError, "layout is a Tensor, expected a PaddingLayout"),
+        (padding_layout(MASK)._replace(gather_idx=torch.zeros(9)), TypeError, "layout.gather_idx has dtype torch.fl"),
+        (padding_layout(MASK)._replace(scatter_idx=torch.zeros(9, dtype=torch.int32)), ValueError,
+         r"layout.scatter_idx has shape \[9\], expected \[20\]"),
+    ],
+)  # fmt: skip
+def test_what_is_no_layout_is_refused(layout: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^pack: {message}"):
+        hetu_kernels.pack(torch.randn(4, 5), layout)
+    with pytest.raises(error, match=f"unpack: {message}"):
+        hetu_kernels.unpack(torch.randn(9), layout)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("mode", ["auto", "reference"])
+def test_indices_beside_a_tensor_are_named(mode: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTNING_HETU_KERNELS", mode)
+    monkeypatch.setenv("LIGHTNING_HETU_CHECK", "1")  # without it, those on a GPU are not looked at
+    layout = padding_layout(MASK.to(device), total_tokens=9)
+    layout.gather_idx[3] = 20
+    layout.scatter_idx[2] = 9
+    with pytest.raises(ValueError, match=r"^pack: layout.gather_idx\[3\] is 20, expected below 20, the rows"):
+        hetu_kernels.pack(torch.randn(4, 5, device=device), layout)
+    with pytest.raises(ValueError, match=r"unpack: layout.scatter_idx\[2\] is 9, expected below 9, the rows"):
+        hetu_kernels.unpack(torch.randn(9, device=device), layout)

@@ -281,9 +281,37 @@ def test_gradients_are_refused(name: str) -> None:
         ({"softcap": 0.0}, ValueError, "softcap=0.0, expected a positive number"),
         ({"num_splits": 0}, ValueError, "num_splits=0, expected 1 to 256"),
         ({"num_splits": 257}, ValueError, "num_splits=257, expected 1 to 256"),
+        ({"num_splits": 2.0}, TypeError, "num_splits=2.0, expected an integer, or None to choose"),
+        ({"window": (3, 0)}, TypeError, r"window=\(3, 0\), expected an integer, or None for no window"),
+        ({"scale": "1"}, TypeError, "scale='1', expected a number"),
+        ({"softcap": float("inf")}, ValueError, "softcap=inf, expected a positive number"),
+        ({"lens": [5, 7]}, TypeError, "lens is a list, expected a tensor"),
+        ({"block_table": None}, TypeError, "block_table is None, expected a tensor"),
     ],
 )  # fmt: skip
 def test_wrong_arguments_are_named(changes: dict, error: type[Exception], message: str) -> None:
     arguments = {**make([5, 7], dtype=torch.float32), **changes}
     with pytest.raises(error, match=f"paged_decode_attention: {message}"):
         hetu_kernels.paged_decode_attention(**arguments)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("mode", ["auto", "reference"])
+@pytest.mark.parametrize("page", [-1, 9])
+def test_pages_that_are_none_are_named(
+    mode: str, page: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where they are read: not behind a sequence's end, nor wholly before a window."""
+    monkeypatch.setenv("LIGHTNING_HETU_KERNELS", mode)
+    monkeypatch.setenv("LIGHTNING_HETU_CHECK", "1")  # without it, those on a GPU are not looked at
+    q = torch.randn(2, 1, 4, 8, device=device)
+    cache = torch.randn(9, 4, 2, 8, device=device)
+    lens = torch.tensor([5, 7], device=device)
+    table = torch.tensor([[1, 2, page], [page, 4, page]], device=device)
+    with pytest.raises(ValueError, match=rf"block_table\[1, 0\] is {page}, expected 0 to 8, the pages of k_cache"):
+        hetu_kernels.paged_decode_attention(q, cache, cache, table, lens)
+    with pytest.raises(ValueError, match=r"block_table\[1, 0\]"):
+        hetu_kernels.paged_decode_attention(q, cache, cache, table, lens, window=4)  # keys 3 to 6 of pages of 4
+    found = hetu_kernels.paged_decode_attention(q, cache, cache, table, lens, window=3)
+    table[1, 0] = 0
+    assert torch.equal(hetu_kernels.paged_decode_attention(q, cache, cache, table, lens, window=3), found)

@@ -140,6 +140,8 @@ def test_kernels_read_their_arguments_only(case: Case) -> None:
     [
         ({"x": torch.randn(5, 8)}, ValueError, r"x has shape \[5, 8\], expected \[..., tokens, heads, head_dim\]"),
         ({"x": torch.ones(5, 2, 8, dtype=torch.int64)}, TypeError, "x has dtype torch.int64"),
+        ({"sin": None}, TypeError, "sin is None, expected a tensor"),
+        ({"interleaved": "gptj"}, TypeError, "interleaved='gptj', expected True or False"),
         ({"cos": torch.randn(9)}, ValueError, r"cos has shape \[9\], expected \[max_position, 1 to 4\]"),
         ({"cos": torch.randn(9, 5)}, ValueError, r"cos has shape \[9, 5\], expected \[max_position, 1 to 4\]"),
         ({"cos": torch.randn(9, 0)}, ValueError, r"cos has shape \[9, 0\], expected \[max_position, 1 to 4\]"),

@@ -100,6 +100,7 @@ def test_kernels_read_their_arguments_only(case: Case) -> None:
         ({"up": torch.randn(3, 4)}, ValueError, r"up has shape \[3, 4\], expected that of gate, \[3, 8\]"),
         ({"up": torch.randn(3, 8).half()}, TypeError, "up has dtype torch.float16, gate torch.float32"),
         ({"gate": torch.arange(24).view(3, 8)}, TypeError, "gate has dtype torch.int64, expected float32"),
+        ({"gate": None}, TypeError, "gate is None, expected a tensor"),
         ({"bias": torch.randn(8)}, ValueError, r"bias has shape \[8\], expected \[16\]"),
         ({"bias": torch.randn(16), "up": None}, ValueError, r"bias has shape \[16\], expected \[8\]"),
         ({"activation": "relu"}, ValueError, "activation='relu', expected one of 'silu', 'gelu', 'gelu_tanh'"),

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import random
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import flex_attention
 
 import hetu_kernels
+from hetu_kernels._common import device as device_module
 from hetu_kernels._common.triton_utils import tl, triton
-from hetu_kernels.attention import _varlen_tiles
+from hetu_kernels.attention import _varlen_backward_kernels, _varlen_tiles
 from hetu_kernels.attention.tiling_mask import BlockClass, TilingMask, key_phases, row_phases
 from hetu_kernels.attention.varlen_ref import varlen_attention_reference
 
@@ -168,14 +172,19 @@ def test_tiling_mask_takes_no_memory_for_128k_tokens() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"window": 0}, "window=0: expected at least 1"),
-        ({"window": (-1, 3)}, r"window=\(-1, 3\): expected \(left, right\)"),
-        ({"window": (1, 2, 3)}, "expected"),
+        ({"window": 0}, r"window=0, expected at least 1 \(a token's own key\), a pair"),
+        ({"window": (-1, 3)}, r"window\[0\]=-1, expected at least 0 or None"),
+        ({"window": (1, 2, 3)}, r"window=\(1, 2, 3\), expected a pair \(left, right\)"),
     ],
 )
 def test_impossible_windows_are_refused(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TilingMask.of(**arguments)
+
+
+def test_a_window_of_an_integer_leaves_the_keys_behind_alone() -> None:
+    assert TilingMask.of(window=4) == TilingMask.of(window=(3, None))
+    assert TilingMask.of(window=4, causal=True) == TilingMask.of(window=(3, 0)) != TilingMask.of(window=(3, 3))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -225,6 +234,96 @@ def test_autocast_multiplies_in_its_dtype(device: torch.device) -> None:
     assert q.grad.dtype == torch.float32
 
 
+def test_autocast_leaves_float64() -> None:
+    """As torch's linear does; the rest of the batch is computed as without it."""
+    given = {name: value.double() if name in "qkv" else value for name, value in arguments().items()}
+    expected = hetu_kernels.varlen_attention(**given)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert F.linear(given["q"][0], torch.ones(3, 16, dtype=torch.float64)).dtype == torch.float64
+        found = hetu_kernels.varlen_attention(**given)
+    assert found.dtype == torch.float64
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.interpret
+def test_a_row_that_sees_nothing_with_a_sink_that_weighs_nothing(device: torch.device) -> None:
+    """-inf minus -inf is no number: output 0, log-sum-exp -inf, gradients 0."""
+    q, k, v = torch.randn(8, 2, 16), torch.randn(3, 1, 16), torch.randn(3, 1, 16)
+    sinks = torch.tensor([-float("inf"), 0.5])
+    lengths = {"max_seqlen_q": 5, "max_seqlen_k": 3, "return_lse": True}
+    found = []
+    for function, dtype, place in (
+        (hetu_kernels.varlen_attention, torch.float32, device),
+        (varlen_attention_reference, torch.float64, torch.device("cpu")),
+    ):
+        leaves = [t.to(place, dtype).requires_grad_() for t in (q, k, v, sinks)]
+        starts = cumulative(3, 5).to(place), cumulative(3, 0).to(place)
+        out, lse = function(*leaves[:3], *starts, **lengths, sinks=leaves[3])
+        grads = torch.autograd.grad(out.square().sum() + lse[1].sum(), leaves)
+        found.append([t.detach().cpu().double() for t in (out, lse, *grads)])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert found[0][0][3:, 0].count_nonzero() == 0
+    assert (found[0][1][0, 3:] == -float("inf")).all()
+
+
+def test_grids_are_within_the_limits_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """65535 programs in the second and third dimension: many biases, or long ones, need more."""
+    grids: list[tuple[str, tuple[int, ...]]] = []
+
+    class Kernel:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            grids.append((self.name, grid))
+            return lambda *args, **kwargs: None
+
+    for name in vars(_varlen_backward_kernels):
+        if name.endswith("_kernel"):
+            monkeypatch.setattr(_varlen_backward_kernels, name, Kernel(name))
+    options = _varlen_tiles.Options(1.0, TilingMask(), None, "ieee")
+    for shape in ((1024, 64, 1, 1), (1, 1, 1, 2_000_000), (1, 1, 2_000_000, 1)):
+        grids.clear()
+        q = torch.empty(1024, 64, 16, device="meta")
+        starts = torch.empty(1025, dtype=torch.int32, device="meta")
+        bias = torch.empty(shape, device="meta")
+        _varlen_backward_kernels.launch_backward(
+            q, None, q, q, q, q, torch.empty(64, 1024, device="meta"), starts, starts, 2_000_000, 2_000_000, options,
+            None, bias, want_dbias=True,
+        )  # fmt: skip
+        assert len({name for name, _ in grids}) == 4
+        for name, grid in grids:
+            assert all(size <= 65_535 for size in grid[1:]), f"{name}: {grid} for a bias {shape}"
+        programs = sum(math.prod(grid) for name, grid in grids if "dbias" in name)
+        assert programs == shape[0] * shape[1] * -(-shape[2] // 16) * -(-shape[3] // 16)  # tiles of the interpreter
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("shape", [(3, 2, 60, 1), (3, 1, 1, 60), (1, 2, 60, 20), (3, 2, 20, 60)])
+def test_bias_gradient_in_parts_is_the_same(
+    shape: tuple[int, ...], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More biases, and more rows, than fit into the grid."""
+    q, k, v = (torch.randn(100, 2, 16, device=device) for _ in range(3))
+    bias = torch.randn(shape, device=device, requires_grad=True)
+    starts_q, starts_k = ((20, 7, 11), (60, 9, 31)) if shape[3] == 60 else ((60, 9, 31), (20, 7, 11))
+    if shape[2] == 1:
+        starts_q = starts_k
+    if shape[3] == 1:
+        starts_k = starts_q
+    grads = []
+    for limit in (_varlen_backward_kernels.GRID_LIMIT, 3):
+        monkeypatch.setattr(_varlen_backward_kernels, "GRID_LIMIT", limit)
+        out = hetu_kernels.varlen_attention(
+            q, k, v, cumulative(*starts_q).to(device), cumulative(*starts_k).to(device),
+            max_seqlen_q=max(starts_q), max_seqlen_k=max(starts_k), bias=bias,
+        )  # fmt: skip
+        grads.append(torch.autograd.grad(out.square().sum(), bias)[0])
+    assert torch.equal(*grads)
+    assert grads[0].count_nonzero() > 10
+
+
 def test_no_gradient_for_a_bias_that_wants_none(device: torch.device) -> None:
     q, k, v = (torch.randn(6, 2, 16, device=device, requires_grad=True) for _ in range(3))
     bias = torch.randn(1, 1, 6, 6, device=device)
@@ -247,15 +346,91 @@ def arguments(**changes) -> dict:
         ({"k": torch.randn(8, 2, 16).half()}, TypeError, "k has dtype torch.float16, q torch.float32"),
         ({"cu_seqlens_q": torch.tensor([0.0, 8.0])}, TypeError, "cu_seqlens_q has dtype torch.float32, expected int32"),
         ({"cu_seqlens_k": cumulative(8), "max_seqlen_k": 8}, ValueError, "cu_seqlens_k has shape"),
-        ({"cu_seqlens_k": cumulative(4, 4)}, TypeError, "max_seqlen_k is a NoneType, expected an int"),
-        ({"max_seqlen_q": torch.tensor(5)}, TypeError, "max_seqlen_q is a Tensor, expected an int"),
+        ({"cu_seqlens_k": cumulative(4, 4)}, TypeError,
+         "max_seqlen_k=None, expected the length of the longest sequence beside cu_seqlens_k"),
+        ({"max_seqlen_q": torch.tensor(5)}, TypeError, "max_seqlen_q is a Tensor, expected an integer; take .item()"),
+        ({"max_seqlen_q": None}, TypeError, "max_seqlen_q is None, expected an integer"),
+        ({"max_seqlen_q": True}, TypeError, "max_seqlen_q=True, expected an integer"),
         ({"max_seqlen_q": -1}, ValueError, "max_seqlen_q=-1, expected at least 0"),
         ({"bias": torch.randn(1, 4, 5, 4)}, ValueError, r"bias has shape \[1, 4, 5, 4\], expected \[2, 4, 5, 5\]"),
         ({"alibi_slopes": torch.randn(2)}, ValueError, r"alibi_slopes has shape \[2\], expected \[4\]"),
         ({"sinks": torch.randn(2)}, ValueError, r"sinks has shape \[2\], expected \[4\]"),
         ({"softcap": 0.0}, ValueError, "softcap=0.0, expected a positive number"),
+        ({"softcap": float("inf")}, ValueError, r"softcap=inf, expected a positive number \(finite\), or None"),
+        ({"softcap": float("nan")}, ValueError, "softcap=nan, expected a positive number"),
+        ({"scale": "1"}, TypeError, "scale='1', expected a number"),
+        ({"scale": float("nan")}, ValueError, "scale=nan, expected a number"),
+        ({"scale": torch.tensor(1.0)}, TypeError, "scale is a Tensor, expected a number"),
+        ({"window": [2, 2]}, TypeError, r"window=\[2, 2\], expected an integer .* a pair \(left, right\) as a tuple"),
+        ({"window": 2.5}, TypeError, "window=2.5, expected an integer"),
+        ({"window": (2, 1.5)}, TypeError, r"window\[1\]=1.5, expected an integer or None"),
+        ({"window": 0}, ValueError, "window=0, expected at least 1"),
+        ({"causal": 1}, TypeError, "causal=1, expected True or False"),
+        ({"q": [1]}, TypeError, "q is a list, expected a tensor"),
+        ({"v": None}, TypeError, "v is None, expected a tensor"),
+        ({"cu_seqlens_q": [0, 8]}, TypeError, "cu_seqlens_q is a list, expected a tensor"),
     ],
-)
+)  # fmt: skip
 def test_wrong_arguments_are_named(changes: dict, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=f"varlen_attention: {message}"):
+    with pytest.raises(error, match=f"varlen_attention: {message}") as caught:
         hetu_kernels.varlen_attention(**arguments(**changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_lengths_may_be_integers_of_numpy() -> None:
+    ours = {name: value.double() if name in "qkv" else value for name, value in arguments().items()}
+    expected = hetu_kernels.varlen_attention(**ours, window=3, scale=0.5)
+    ours.update(max_seqlen_q=np.int64(5), max_seqlen_k=np.int32(5), window=np.int16(3), scale=np.float32(0.5))
+    assert torch.equal(hetu_kernels.varlen_attention(**ours), expected)
+
+
+OFFSETS = [
+    ({"max_seqlen_q": 4}, "max_seqlen_q=4, expected at least 5, the longest sequence of cu_seqlens_q"),
+    ({"cu_seqlens_k": [0, 3, 8], "max_seqlen_k": 4}, "max_seqlen_k=4, expected at least 5, the longest sequence of"),
+    ({"cu_seqlens_q": [1, 3, 8]}, r"cu_seqlens_q\[0\] is 1, expected 0"),
+    ({"cu_seqlens_q": [0, 5, 4]}, r"cu_seqlens_q\[2\] is 4, expected at least 5, the entry before it"),
+    ({"cu_seqlens_q": [0, -2, 3]}, r"cu_seqlens_q\[1\] is -2, expected at least 0"),
+    ({"cu_seqlens_q": [0, 4, 9]}, r"cu_seqlens_q\[2\] is 9, expected at most 8, the rows of q"),
+    ({"cu_seqlens_k": [0, 4, 9], "max_seqlen_k": 5}, r"cu_seqlens_k\[2\] is 9, expected at most 8, the rows of k"),
+]
+
+
+def with_offsets(changes: dict, dtype: torch.dtype, device: torch.device) -> dict:
+    changed = {name: torch.tensor(value, dtype=dtype) if name[:2] == "cu" else value for name, value in changes.items()}
+    return {name: t.to(device) if isinstance(t, torch.Tensor) else t for name, t in arguments(**changed).items()}
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("mode", ["auto", "reference"])
+@pytest.mark.parametrize(("changes", "message"), OFFSETS)
+def test_wrong_offsets_are_named(
+    mode: str, changes: dict, message: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIGHTNING_HETU_KERNELS", mode)
+    monkeypatch.setenv("LIGHTNING_HETU_CHECK", "1")  # without it, those on a GPU are not looked at
+    for dtype in (torch.int32, torch.int64):
+        with pytest.raises(ValueError, match=f"varlen_attention: {message}"):
+            hetu_kernels.varlen_attention(**with_offsets(changes, dtype, device))
+
+
+def test_offsets_are_checked_when_compiled_code_runs() -> None:
+    """Within the graph there is nothing to look at."""
+    torch._dynamo.reset()
+    compiled = torch.compile(hetu_kernels.varlen_attention, fullgraph=True, backend="aot_eager")
+    with pytest.raises(ValueError, match="max_seqlen_q=4, expected at least 5"):
+        compiled(**with_offsets({"max_seqlen_q": 4}, torch.int32, torch.device("cpu")))
+    torch._dynamo.reset()
+
+
+def test_values_on_a_device_are_read_on_demand_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnDevice:
+        device = torch.device("cuda")
+
+    monkeypatch.setattr(device_module, "capturing", lambda device: False)
+    monkeypatch.delenv("LIGHTNING_HETU_CHECK", raising=False)
+    assert not device_module.may_read(OnDevice())
+    monkeypatch.setenv("LIGHTNING_HETU_CHECK", "1")
+    assert device_module.may_read(OnDevice())
+    assert not device_module.may_read(torch.zeros(2, device="meta"))
+    monkeypatch.setattr(device_module, "capturing", lambda device: True)
+    assert not device_module.may_read(OnDevice())

@@ -12,9 +12,9 @@ from lightning_hetu.planning import (
     LayerProfile,
     LayerStrategy,
     ModelProfile,
-    even_stages,
     layer_strategies,
 )
+from lightning_hetu.planning.partition import all_cuts
 
 MIB = 2**20
 
@@ -79,14 +79,15 @@ def every_plan(profile: ModelProfile, num_devices: int, batch: int) -> Iterator[
             rows = [options(profile.embedding, (False,))]
             rows += [options(profile.block(i), (False, True)) for i in range(profile.num_layers)]
             rows.append(options(profile.head, (False,)))
-            for choice in itertools.product(*rows):
+            cuts = list(all_cuts(profile.num_layers, stages))
+            for cut, choice in itertools.product(cuts, itertools.product(*rows)):
                 if not profile.split_vocab and choice[0] != choice[-1]:
                     continue
                 yield HybridPlan(
                     world_size=num_devices,
                     global_batch_size=batch,
                     num_microbatches=microbatches,
-                    stages=even_stages(profile.num_layers, stages),
+                    stages=cut,
                     layers=choice[1:-1],
                     embedding=choice[0],
                     head=choice[-1],

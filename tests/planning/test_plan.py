@@ -119,7 +119,7 @@ def test_the_table_shows_runs_stages_budget_and_alternatives() -> None:
     text = plan.explain()
     lines = text.splitlines()
     assert max(map(len, lines)) <= 110
-    assert lines[0] == "hybrid-parallel plan for 4 devices: 2 stages of 3 blocks, schedule 1f1b"
+    assert lines[0] == "hybrid-parallel plan for 4 devices: 2 stages of 4 and 2 blocks, schedule 1f1b"
     assert "8 samples in 2 microbatches of 4" in lines[1]
     assert "samples/s" in lines[2] and "budget 250 MiB per device" in lines[2]
     assert text.count("of budget)") == 2
@@ -142,7 +142,7 @@ def test_a_plan_by_hand_is_explained_without_numbers() -> None:
     text = mixed_plan().explain()
     assert "written by hand" in text
     assert "blocks 0-1" in text and "dp2 tp2 zero2 recompute" in text and "memory" not in text
-    assert "2 stages of 2 or 3 blocks" in text
+    assert "2 stages of 3 and 2 blocks" in text
     small = HybridPlan.uniform("dp1", num_layers=2, global_batch_size=2, stages=2, num_microbatches=2)
     assert "2 stages of 1 block," in small.explain()
 

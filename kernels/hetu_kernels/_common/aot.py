@@ -94,7 +94,8 @@ class Resources:
         if self.spills > accepted:
             found.append(f"{self.spills} spills, {accepted} accepted")
         found.extend(f"an offset is multiplied in 32 bits: {line}" for line in self.narrow_offsets)
-        return [f"{self.op}, {self.call}, {self.kernel} on {self.target}: {problem}" for problem in found]
+        where = f"{self.kernel} on {self.target}{'' if self.fp_fusion else ' without contraction'}"
+        return [f"{self.op}, {self.call}, {where}: {problem}" for problem in found]
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,10 @@ def compile_all(
             rows += future.result()
             if progress:
                 progress(done, len(tasks))
-    return sorted(rows, key=lambda row: (chosen.index(row.op), row.call, row.kernel, names.index(row.target)))
+    return sorted(
+        rows,
+        key=lambda row: (chosen.index(row.op), row.call, row.kernel, names.index(row.target), not row.fp_fusion),
+    )
 
 
 def record(launch: Callable[[], object], target: Target) -> list[Launch]:

@@ -21,6 +21,7 @@ logger = logging.getLogger("hetu_kernels")
 
 MODE_VARIABLE = "LIGHTNING_HETU_KERNELS"
 MODES = ("auto", "triton", "reference")
+CHECK_VARIABLE = "LIGHTNING_HETU_CHECK"
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,27 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
+
+
+def autocast(*tensors: Tensor) -> list[Tensor]:
+    """The tensors as :func:`torch.nn.functional.linear` would multiply them: float64 and integers stay as they are."""
+    return [
+        t if dtype is None or not t.dtype.is_floating_point or t.dtype == torch.float64 else t.to(dtype)
+        for t, dtype in ((t, autocast_dtype(t.device)) for t in tensors)
+    ]
+
+
+def may_read(tensor: Tensor) -> bool:
+    """Whether a check may look at a tensor's values.
+
+    On the CPU it may. Anywhere else that waits for the device, so it may only with ``LIGHTNING_HETU_CHECK=1``, and
+    never while a CUDA graph is captured.
+    """
+    if _recording is not None or tensor.device.type == "meta":
+        return False
+    if tensor.device.type == "cpu":
+        return True
+    return os.environ.get(CHECK_VARIABLE) == "1" and not capturing(tensor.device)
 
 
 def dot_precision(tensor: Tensor, *, allow_tf32: bool) -> str:

@@ -30,6 +30,8 @@ from hetu_kernels.attention._varlen_tiles import (
 )
 from hetu_kernels.attention.tiling_mask import key_phases, row_phases, visible
 
+GRID_LIMIT = 65_535  # programs in the second or third dimension of a grid, by CUDA
+
 
 @triton.jit(do_not_specialize=NEVER_SPECIALIZE, do_not_specialize_on_alignment=NEVER_SPECIALIZE)
 def _varlen_bwd_delta_kernel(
@@ -258,11 +260,12 @@ def _varlen_bwd_dbias_kernel(
     num_sequences, num_tokens_q, left, right, scale, softcap, bias_rows, bias_keys, max_q, max_k,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BIAS_HEADS: tl.constexpr,
-    ONE_BATCH: tl.constexpr, ONE_ROW: tl.constexpr, ONE_KEY: tl.constexpr,
+    ONE_BATCH: tl.constexpr, ONE_ROW: tl.constexpr, ONE_KEY: tl.constexpr, ROW_AXIS: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (key blocks, row blocks, bias batches times bias heads): gradient of the bias, contiguous, float32.
+    """Grid (key blocks, row blocks, bias batches times bias heads), the first two the other way with ROW_AXIS = 0:
+    gradient of the bias, contiguous, float32.
 
     A dimension over which the bias is broadcast is looped over: sequences (ONE_BATCH), heads (BIAS_HEADS = 1), rows
     (ONE_ROW) and keys (ONE_KEY).
@@ -279,11 +282,11 @@ def _varlen_bwd_dbias_kernel(
     end_head = bias_head + 1
     if BIAS_HEADS == 1:
         end_head = HEADS
-    first_row = tl.program_id(1) * BLOCK_M
+    first_row = tl.program_id(ROW_AXIS) * BLOCK_M
     end_row = first_row + BLOCK_M
     if ONE_ROW:
         end_row = max_q
-    first_key = tl.program_id(0) * BLOCK_N
+    first_key = tl.program_id(1 - ROW_AXIS) * BLOCK_N
     end_key = first_key + BLOCK_N
     if ONE_KEY:
         end_key = max_k
@@ -324,8 +327,8 @@ def _varlen_bwd_dbias_kernel(
                                   BLOCK_D, CHUNK_D, PRECISION)  # fmt: skip
                     total += tl.exp2(s - lse[:, None]) * (dp - delta[:, None])
     dbias_ptr += tl.program_id(2).to(tl.int64) * bias_rows * bias_keys
-    i = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    i = tl.program_id(ROW_AXIS).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(1 - ROW_AXIS).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     if ONE_ROW and ONE_KEY:
         tl.store(dbias_ptr, tl.sum(tl.sum(total, axis=1), axis=0))
     elif ONE_ROW:
@@ -414,18 +417,24 @@ def launch_backward(
         if bias is not None and want_dbias and dbias.numel():
             config = config_of("varlen_bwd_dbias", q, max_seqlen_k, None, heavy=True)
             batch, bias_heads, bias_rows, bias_keys = bias.shape
-            key_blocks, row_blocks = (
-                cdiv(bias_keys, config.blocks["BLOCK_N"]),
-                cdiv(bias_rows, config.blocks["BLOCK_M"]),
-            )
-            grid = (key_blocks, row_blocks, batch * bias_heads)
-            _varlen_bwd_dbias_kernel[grid](
-                q, k, v, dout, lse, delta, dbias, cu_seqlens_q, cu_seqlens_k, alibi_slopes, bias, *strides,
-                sequences, tokens_q, *options.runtime, bias_rows, bias_keys, max_seqlen_q, max_seqlen_k,
-                HEADS=heads, BIAS_HEADS=bias_heads,
-                ONE_BATCH=batch == 1, ONE_ROW=bias_rows == 1, ONE_KEY=bias_keys == 1,
-                **sizes, **options.flags, **config.kwargs,
-            )  # fmt: skip
+            key_blocks = cdiv(bias_keys, config.blocks["BLOCK_N"])
+            row_blocks = cdiv(bias_rows, config.blocks["BLOCK_M"])
+            # One of the two is within the limit: no memory has room for such a bias that is long both ways. And some
+            # sequences at a time are. Were all in one dimension, what a program finds of its place by dividing would
+            # take 30 registers of each thread for the whole of its loops, and spill.
+            row_axis = 1 if row_blocks <= GRID_LIMIT else 0
+            blocks = (key_blocks, row_blocks) if row_axis else (row_blocks, key_blocks)
+            step = max(1, GRID_LIMIT // bias_heads)
+            for start in range(0, batch, step):
+                part = slice(start, start + step)
+                _varlen_bwd_dbias_kernel[(*blocks, dbias[part].shape[0] * bias_heads)](
+                    q, k, v, dout, lse, delta, dbias[part], cu_seqlens_q[start:], cu_seqlens_k[start:], alibi_slopes,
+                    bias[part], *strides,
+                    sequences, tokens_q, *options.runtime, bias_rows, bias_keys, max_seqlen_q, max_seqlen_k,
+                    HEADS=heads, BIAS_HEADS=bias_heads,
+                    ONE_BATCH=batch == 1, ONE_ROW=bias_rows == 1, ONE_KEY=bias_keys == 1, ROW_AXIS=row_axis,
+                    **sizes, **options.flags, **config.kwargs,
+                )  # fmt: skip
     return dq, dk, dv, dbias, delta
 
 

@@ -143,8 +143,9 @@ def _varlen_fwd_kernel(
     if HAS_SINKS:  # one more logit, with no value behind it
         sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
         m_new = tl.maximum(m, sink)
-        rescale = tl.exp2(m - m_new)
-        total = total * rescale + tl.exp2(sink - m_new)
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # of a row that sees nothing, where the sink is -inf
+        rescale = tl.exp2(m - m_safe)
+        total = total * rescale + tl.exp2(sink - m_safe)
         acc = acc * rescale[:, None]
         m = m_new
     empty = total == 0.0

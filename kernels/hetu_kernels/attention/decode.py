@@ -29,7 +29,7 @@ from torch import Tensor
 
 from hetu_kernels._common import alloc, checks
 from hetu_kernels._common.config import Config, tuned
-from hetu_kernels._common.device import dot_precision, on_device, sm_count, smem_limit, use_triton
+from hetu_kernels._common.device import dot_precision, may_read, on_device, sm_count, smem_limit, use_triton
 from hetu_kernels._common.triton_utils import LN2, LOG2E, cdiv, dotf, next_power_of_2, tanh, tl, triton
 from hetu_kernels.attention.decode_ref import paged_decode_attention_reference
 
@@ -380,6 +380,11 @@ def paged_decode_attention_fwd(
     num_splits: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Returns the result like ``q`` ``[B, T, H, D]`` and the log-sum-exp ``[B, T, H]``, at least float32."""
+    if may_read(block_table):
+        used = _pages_in_use(block_table, lens, k_cache.shape[1], q.shape[1], window)
+        checks.indices(
+            "paged_decode_attention", "block_table", block_table, k_cache.shape[0], "the pages of k_cache", where=used
+        )
     if use_triton(q, needs_dot=True) and q.dtype != torch.float64:
         return launch_paged_decode_attention(
             q, k_cache, v_cache, block_table, lens, scale, tree_mask, window, softcap, alibi_slopes, num_splits
@@ -389,6 +394,16 @@ def paged_decode_attention_fwd(
         scale=scale, tree_mask=tree_mask, window=window, softcap=softcap, alibi_slopes=alibi_slopes, return_lse=True,
     )  # fmt: skip
     return out.contiguous(), lse.contiguous()
+
+
+def _pages_in_use(block_table: Tensor, lens: Tensor, page_size: int, tokens: int, window: int | None) -> Tensor:
+    """Which entries of the block table are read: those of pages with a key that is within the window of any row."""
+    length = lens.long().clamp(0, block_table.shape[1] * page_size)[:, None]
+    page = torch.arange(block_table.shape[1], device=lens.device)
+    used = page * page_size < length
+    if window is not None:
+        used = used & ((page + 1) * page_size > length - tokens - min(window, _LONG_WINDOW) + 1)
+    return used
 
 
 @paged_decode_attention_fwd.register_fake
@@ -414,6 +429,8 @@ def paged_decode_attention(
     """Attention of the newest tokens of each sequence over its pages of keys and values.
 
     For inference: it has no gradients. No value is read back from the device, so it can be captured in a CUDA graph.
+    For the same reason the entries of ``block_table`` are checked on the CPU only, unless ``LIGHTNING_HETU_CHECK=1``;
+    on a GPU, one that is no page of the cache reads beside it.
 
     Args:
         q: Queries of the ``T`` newest tokens of each sequence, ``[B, T, H, D]``; ``[B, H, D]`` for one token. ``D`` is
@@ -422,7 +439,7 @@ def paged_decode_attention(
             power of two, ``H`` a multiple of ``Hkv``. Any strides; nothing is copied.
         v_cache: Values, shaped like ``k_cache``.
         block_table: Pages of each sequence in order ``[B, max_pages]``, int32 or int64. Entries behind a sequence's
-            last page are not read.
+            last page, and those of pages wholly before the window, are not read.
         lens: Tokens of each sequence in the cache, the newest included, ``[B]``, int32 or int64. More than
             ``max_pages * P`` counts as that many. Of a sequence with fewer than ``T``, the last rows of ``q`` are its
             tokens.
@@ -433,7 +450,7 @@ def paged_decode_attention(
         window: Of the keys up to its own, a row sees the last ``window``. Distances are those of positions in the
             cache, not of depths in a tree: a draft that is ``window`` or more slots behind is not seen even where the
             tree mask has its bit.
-        softcap: Bound ``c`` of the scores, ``c * tanh(s / c)``.
+        softcap: Bound ``c`` of the scores, ``c * tanh(s / c)``; finite.
         alibi_slopes: Slope per head ``[H]``; each score loses the slope times the distance in the cache.
         num_splits: Parts that a sequence's keys are split into, 1 to 256. Unless told, enough for the device by ``B``,
             ``T``, ``Hkv`` and ``max_pages``. A number of one's own makes a sequence's result independent of the others
@@ -445,11 +462,12 @@ def paged_decode_attention(
         row that sees nothing gets 0 and ``-inf``.
 
     Raises:
-        ValueError: If shapes, devices or options do not fit together.
-        TypeError: If dtypes do not.
+        ValueError: If shapes, devices, options or (on the CPU) pages do not fit together.
+        TypeError: If a dtype does not, or an argument is of the wrong type.
         RuntimeError: If a tensor requires a gradient.
     """
     op = "paged_decode_attention"
+    checks.tensors(op, q=q, k_cache=k_cache, v_cache=v_cache, block_table=block_table, lens=lens)
     checks.same_device(
         op, q=q, k_cache=k_cache, v_cache=v_cache, block_table=block_table, lens=lens, tree_mask=tree_mask,
         alibi_slopes=alibi_slopes,
@@ -475,12 +493,16 @@ def paged_decode_attention(
     checks.shape(op, "alibi_slopes", alibi_slopes, (heads,), "one per head of q")
     if tree_mask is not None:
         _check_tree_mask(op, tree_mask, batch, tokens)
-    if window is not None and window < 1:
-        raise ValueError(f"{op}: window={window}, expected at least 1, or None for no window.")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"{op}: softcap={softcap}, expected a positive number, or None for no cap.")
-    if num_splits is not None and not 1 <= num_splits <= MAX_SPLITS:
-        raise ValueError(f"{op}: num_splits={num_splits}, expected 1 to {MAX_SPLITS}, or None to choose.")
+    if window is not None:
+        window = checks.whole(op, "window", window, at_least=1, meaning=", or None for no window")
+    if scale is not None:
+        scale = checks.number(op, "scale", scale)
+    if softcap is not None:
+        softcap = checks.number(op, "softcap", softcap, sign="positive", meaning=", or None for no cap")
+    if num_splits is not None:
+        num_splits = checks.whole(
+            op, "num_splits", num_splits, at_least=1, at_most=MAX_SPLITS, meaning=", or None to choose"
+        )
     out, lse = paged_decode_attention_fwd(
         queries, k_cache, v_cache, block_table, lens, 1 / math.sqrt(dim) if scale is None else scale, tree_mask, window,
         softcap, alibi_slopes, num_splits,

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hetu_kernels._common import checks
 from hetu_kernels._common.triton_utils import tl, triton
 
 UNLIMITED = -1
@@ -53,26 +54,37 @@ class TilingMask:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a number of keys, or -1 for all of them.")
 
     @classmethod
-    def of(cls, *, causal: bool = False, window: int | tuple[int | None, int | None] | None = None) -> TilingMask:
+    def of(
+        cls,
+        *,
+        causal: bool = False,
+        window: int | tuple[int | None, int | None] | None = None,
+        op: str = "TilingMask",
+    ) -> TilingMask:
         """From the arguments of an attention function.
 
         Args:
             causal: A row sees no key behind its own position.
-            window: An integer ``w``: of the keys up to its own position, a row sees the last ``w``. A pair ``(left,
-                right)``: so many keys before and behind its own; None for all.
+            window: An integer ``w``: of the keys up to its own position, a row sees the last ``w``, and all keys behind
+                its own unless ``causal``. A pair ``(left, right)``: so many keys before and behind its own; None for
+                all.
+            op: Whose arguments they are, for errors.
 
         Raises:
             ValueError: If a window is not positive, or a side of it negative.
+            TypeError: If a window is neither an integer nor a pair of them.
         """
         left, right = UNLIMITED, UNLIMITED
         if isinstance(window, tuple):
-            if len(window) != 2 or any(side is not None and side < 0 for side in window):
-                raise ValueError(f"window={window!r}: expected (left, right), each at least 0 or None.")
-            left, right = (UNLIMITED if side is None else side for side in window)
+            if len(window) != 2:
+                raise ValueError(f"{op}: window={window!r}, expected a pair (left, right), each at least 0 or None.")
+            left, right = (
+                UNLIMITED if side is None else checks.whole(op, f"window[{i}]", side, at_least=0, meaning=" or None")
+                for i, side in enumerate(window)
+            )
         elif window is not None:
-            if window < 1:
-                raise ValueError(f"window={window}: expected at least 1 (a token's own key).")
-            left = window - 1
+            meaning = " (a token's own key), a pair (left, right) as a tuple, or None"
+            left = checks.whole(op, "window", window, at_least=1, meaning=meaning) - 1
         return cls(left, 0 if causal else right)
 
     def dense(self, len_q: int, len_k: int, device: torch.device | None = None) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hetu_kernels._common import checks
-from hetu_kernels._common.device import autocast_dtype, dot_precision, use_triton
+from hetu_kernels._common.device import autocast, dot_precision, use_triton
 from hetu_kernels.attention import varlen_ref
 from hetu_kernels.attention.tiling_mask import TilingMask
 
@@ -45,6 +45,10 @@ def varlen_attention_fwd(
     allow_tf32: bool,
 ) -> tuple[Tensor, Tensor]:
     """Returns ``out`` like ``q``, contiguous, and ``lse`` ``[heads, tokens]``, at least float32."""
+    # What is wrong here would leave results unwritten, or read beside a tensor. Backward is given the same.
+    op = "varlen_attention"
+    checks.offsets(op, "cu_seqlens_q", cu_seqlens_q, q.shape[0], "max_seqlen_q", max_seqlen_q, "q")
+    checks.offsets(op, "cu_seqlens_k", cu_seqlens_k, k.shape[0], "max_seqlen_k", max_seqlen_k, "k")
     mask = TilingMask(left, right)
     if use_triton(q, needs_dot=True):
         from hetu_kernels.attention._varlen_forward_kernels import Options, launch_forward
@@ -185,21 +189,31 @@ def varlen_attention(
     A row that sees no key gets output 0 and log-sum-exp -inf, and so does a row behind the last sequence. NaN and
     infinities in ``v``, and in gradients, may spread over the sequence they occur in, past the mask.
 
+    The values of ``cu_seqlens_q`` and ``cu_seqlens_k`` are checked on the CPU only: looking at them on a GPU would wait
+    for it. There, rows of a sequence that is longer than ``max_seqlen_q`` (for gradients, keys of one that is longer
+    than ``max_seqlen_k``) and rows before the first sequence get whatever was in memory, and offsets that decrease or
+    point past the end read and write beside the tensors. ``LIGHTNING_HETU_CHECK=1`` checks there too.
+
+    Under :class:`torch.autocast`, ``q``, ``k`` and ``v`` are converted to its dtype, but float64 is left as it is.
+
     Args:
         q: Queries ``[tokens_q, heads, head_dim]``, float32, float16 or bfloat16; any strides. ``head_dim`` at most 256.
         k: Keys ``[tokens_k, kv_heads, head_dim]``; ``kv_heads`` divides ``heads``.
         v: Values, shaped like ``k``.
-        cu_seqlens_q: Where each sequence begins in ``q``, and where the last one ends: int32 ``[sequences + 1]``.
+        cu_seqlens_q: Where each sequence begins in ``q``, and where the last one ends: int32 or int64
+            ``[sequences + 1]``. The first entry is 0, none is smaller than the one before it.
         cu_seqlens_k: The same for ``k``; as for ``q`` unless told. Rows are aligned so that a sequence's last row sees
             its last key.
-        max_seqlen_q: Length of the longest sequence in ``q``, or more. A Python integer: a tensor would cost a
-            synchronization here and a recompilation for every value.
-        max_seqlen_k: The same for ``k``.
+        max_seqlen_q: Length of the longest sequence in ``q``, or more, never less. An integer of Python or numpy: a
+            tensor would cost a synchronization here and a recompilation for every value.
+        max_seqlen_k: The same for ``k``; needed beside ``cu_seqlens_k``.
         causal: A row sees no key behind its own position.
-        window: An integer ``w``: of the keys up to its own position, a row sees the last ``w``. A pair ``(left,
-            right)``: so many keys before and behind its own; None for all.
+        window: An integer ``w``: of the keys up to its own position, a row sees the last ``w``. Keys behind its own
+            are not touched by it: without ``causal`` a row sees all of them. A pair ``(left, right)``: so many keys
+            before and behind its own; None for all. FlashAttention's ``(3, 0)`` is ``4`` with ``causal``, its
+            symmetric ``(3, 3)`` is that pair.
         scale: Factor of the products; ``head_dim ** -0.5`` unless told.
-        softcap: Bound of the logits, ``softcap * tanh(s / softcap)``.
+        softcap: Bound of the logits, ``softcap * tanh(s / softcap)``; finite.
         alibi_slopes: Slope per head ``[heads]``, no gradient.
         bias: Added to the logits: ``[sequences or 1, heads or 1, max_seqlen_q or 1, max_seqlen_k or 1]``, indexed by
             positions within the sequence. Differentiable.
@@ -212,19 +226,21 @@ def varlen_attention(
         float32, natural logarithm, differentiable.
 
     Raises:
-        ValueError: If shapes, devices or options do not fit together.
-        TypeError: If a dtype is not supported, or a length is no integer.
+        ValueError: If shapes, devices, options or (on the CPU) offsets do not fit together.
+        TypeError: If a dtype is not supported, or an argument is of the wrong type.
     """
     op = "varlen_attention"
-    dtype = autocast_dtype(q.device)
-    if dtype is not None:
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    max_seqlen_k = _check(
+    checks.tensors(op, q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q)
+    q, k, v = autocast(q, k, v)
+    max_seqlen_q, max_seqlen_k = _check(
         op, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, alibi_slopes, bias, sinks
     )
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"{op}: softcap={softcap}, expected a positive number, or None for no cap.")
-    mask = TilingMask.of(causal=causal, window=window)
+    checks.flags(op, causal=causal, allow_tf32=allow_tf32)
+    if scale is not None:
+        scale = checks.number(op, "scale", scale)
+    if softcap is not None:
+        softcap = checks.number(op, "softcap", softcap, sign="positive", meaning=", or None for no cap")
+    mask = TilingMask.of(causal=causal, window=window, op=op)
     out, lse = varlen_attention_fwd(
         q, k, v, cu_seqlens_q, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k, max_seqlen_q, max_seqlen_k,
         mask.left, mask.right, q.shape[-1] ** -0.5 if scale is None else scale, softcap, alibi_slopes, bias, sinks,
@@ -245,8 +261,8 @@ def _check(
     alibi_slopes: Tensor | None,
     bias: Tensor | None,
     sinks: Tensor | None,
-) -> int:
-    """Checks of everything that is known without looking into a tensor; returns ``max_seqlen_k``."""
+) -> tuple[int, int]:
+    """Checks of everything that is known without looking into a tensor; returns both lengths as integers of Python."""
     checks.same_device(
         op, q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, alibi_slopes=alibi_slopes, bias=bias,
         sinks=sinks,
@@ -266,18 +282,18 @@ def _check(
     if cu_seqlens_q.dim() != 1 or cu_seqlens_q.shape[0] < 1:
         raise ValueError(f"{op}: cu_seqlens_q has shape {list(cu_seqlens_q.shape)}, expected [sequences + 1].")
     checks.shape(op, "cu_seqlens_k", cu_seqlens_k, (cu_seqlens_q.shape[0],), "that of cu_seqlens_q")
-    if cu_seqlens_k is None and max_seqlen_k is None:
+    max_seqlen_q = checks.whole(op, "max_seqlen_q", max_seqlen_q, at_least=0)
+    if max_seqlen_k is None:
+        if cu_seqlens_k is not None:
+            raise TypeError(
+                f"{op}: max_seqlen_k=None, expected the length of the longest sequence beside cu_seqlens_k."
+            )
         max_seqlen_k = max_seqlen_q
-    for name, length in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        if isinstance(length, Tensor) or not isinstance(length, int | torch.SymInt):
-            raise TypeError(f"{op}: {name} is a {type(length).__name__}, expected an int; take .item() once per batch.")
-        if length < 0:
-            raise ValueError(f"{op}: {name}={length}, expected at least 0.")
+    max_seqlen_k = checks.whole(op, "max_seqlen_k", max_seqlen_k, at_least=0)
     checks.shape(op, "alibi_slopes", alibi_slopes, (heads,), "one per head")
     checks.shape(op, "sinks", sinks, (heads,), "one per head")
     if bias is not None:
         full = (cu_seqlens_q.shape[0] - 1, heads, max_seqlen_q, max_seqlen_k)
         if bias.dim() != 4 or any(size != 1 and size != all_ for size, all_ in zip(bias.shape, full, strict=True)):
             raise ValueError(f"{op}: bias has shape {list(bias.shape)}, expected {list(full)}, each of which may be 1.")
-    assert max_seqlen_k is not None  # checked above to be an integer
-    return max_seqlen_k
+    return max_seqlen_q, max_seqlen_k

@@ -8,8 +8,8 @@
 
 Works for modules built of torch's own layers, for modules that name an ``attention_function``
 (:mod:`hetu_kernels.integrate.attention`), and for models of the transformers library. Parameters, their names, hooks
-and checkpoints stay as they are: an exchanged module is the same object with another ``forward``. Nothing is looked up
-by a model's name.
+and checkpoints stay as they are: an exchanged module is the same object with another ``forward``. A call that the
+kernels cannot do goes to what the model had before.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def use_kernels(
     """Make a model use this package's kernels where they do what its own modules do.
 
     Off the GPU the kernels' references run, with the same results; see ``LIGHTNING_HETU_KERNELS``. Modules whose
-    parameters are DTensors, and dropout within attention, go on as before.
+    parameters are DTensors, inner modules that have hooks, and dropout within attention, go on as before.
 
     Args:
         model: Any module. Call it again after adding modules.
@@ -88,10 +88,11 @@ def use_kernels(
         norms: LayerNorm and RMSNorm, with the residual addition before them where a module does both.
         activations: GELU and the gated activations of feed-forward layers.
         loss: A causal language model of the transformers library that is given ``labels`` computes its loss by
-            :func:`~hetu_kernels.linear_cross_entropy` and returns no logits.
+            :func:`~hetu_kernels.linear_cross_entropy` and returns no logits. There is a warning where ``model`` has
+            none of the classes this is known for.
 
     Returns:
-        What was changed; its ``undo`` takes it back.
+        What was changed, nothing if all of it already was; its ``undo`` takes it back.
 
     Raises:
         TypeError: If ``model`` is no module.
@@ -110,13 +111,44 @@ def use_kernels(
         if attention:
             _give_attention(name, module, integration)
     if attention and "transformers" in sys.modules:
-        from hetu_kernels.integrate.transformers import use_attention
+        from hetu_kernels.integrate.transformers_attention import use_attention
 
         use_attention(model, integration)
-    if not integration.replaced:
+    if loss and not any(_has_kernel_loss(module) for module in model.modules()):
+        logger.warning(
+            "use_kernels: loss=True changes no loss of %s, expected one of %s of the transformers library.",
+            type(model).__name__, ", ".join(_loss_classes()) or "the causal language models",
+        )  # fmt: skip
+    if not integration.replaced and not any(_uses_kernels(module) for module in model.modules()):
         raise ValueError(f"use_kernels: {type(model).__name__} has no module that one of the chosen kernels replaces.")
     logger.info("use_kernels: %r", integration)
     return integration
+
+
+def _uses_kernels(module: nn.Module) -> bool:
+    """Whether it was changed by an earlier call."""
+    if type(module).__module__.startswith(__name__):
+        return True
+    if vars(module).get("attention_function") is attention.padded_attention:
+        return True
+    if "transformers" not in sys.modules:
+        return False
+    from hetu_kernels.integrate.transformers_attention import uses_it
+
+    return uses_it(module)
+
+
+def _has_kernel_loss(module: nn.Module) -> bool:
+    """Whether ``loss=True`` has an effect on it."""
+    return type(module).__module__.startswith(__name__) and type(module).__name__ in _loss_classes()
+
+
+def _loss_classes() -> tuple[str, ...]:
+    if "transformers" not in sys.modules:
+        return ()
+    from hetu_kernels.integrate.transformers import LOSS_CLASSES
+
+    return LOSS_CLASSES
 
 
 def _give_attention(name: str, module: nn.Module, integration: Integration) -> None:

@@ -33,9 +33,25 @@ def is_plain(*tensors: Tensor | None) -> bool:
     return all(t is None or type(t) in (Tensor, nn.Parameter) or not hasattr(t, "device_mesh") for t in tensors)
 
 
+def can_be_bypassed(module: nn.Module) -> bool:
+    """Whether nobody notices that a module's ``forward`` is not called: it has no hooks and no ``forward`` of its own.
+
+    Looked at in each call: hooks come and go.
+    """
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return not any(hooks) and "forward" not in vars(module)
+
+
 def as_autocast_norm(x: Tensor) -> Tensor:
-    """Autocast normalizes in float32 and returns float32."""
-    return x if autocast_dtype(x.device) is None else x.float()
+    """Autocast normalizes in float32 and returns float32; on the CPU it leaves norms alone."""
+    if x.device.type == "cpu" or x.dtype == torch.float64 or autocast_dtype(x.device) is None:
+        return x
+    return x.float()
+
+
+def default_eps(x: Tensor) -> float:
+    """What :class:`torch.nn.RMSNorm` adds where it was given no ``eps``: it computes narrow dtypes in float32."""
+    return torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
 
 
 class KernelRMSNorm(nn.RMSNorm):
@@ -46,7 +62,7 @@ class KernelRMSNorm(nn.RMSNorm):
         if not is_plain(x, self.weight):
             return super().forward(x)
         x = as_autocast_norm(x)
-        return hetu_kernels.rms_norm(x, self.weight, eps=torch.finfo(x.dtype).eps if self.eps is None else self.eps)
+        return hetu_kernels.rms_norm(x, self.weight, eps=default_eps(x) if self.eps is None else self.eps)
 
 
 class KernelLayerNorm(nn.LayerNorm):
@@ -69,7 +85,7 @@ class KernelGELU(nn.GELU):
         return hetu_kernels.bias_gelu(input, approximate=self.approximate)
 
 
-def _normalizes_rows(module: Any) -> bool:
+def normalizes_rows(module: Any) -> bool:
     """Kernels normalize the last dimension, and scale it."""
     return len(module.normalized_shape) == 1 and module.weight is not None
 
@@ -77,12 +93,14 @@ def _normalizes_rows(module: Any) -> bool:
 def exchange_for(module: nn.Module) -> Exchange | None:
     """What a module is exchanged for; None for what no kernel does.
 
-    Decided by the exact type: a subclass may compute something else.
+    Decided by the exact type: a subclass may compute something else, and so may a ``forward`` of the object's own.
     """
     kind = type(module)
-    if kind is nn.RMSNorm and _normalizes_rows(module):
+    if "forward" in vars(module):
+        return None
+    if kind is nn.RMSNorm and normalizes_rows(module):
         return Exchange(KernelRMSNorm, "norm", "add_rms_norm")
-    if kind is nn.LayerNorm and _normalizes_rows(module):
+    if kind is nn.LayerNorm and normalizes_rows(module):
         return Exchange(KernelLayerNorm, "norm", "add_layer_norm")
     if kind is nn.GELU:
         return Exchange(KernelGELU, "activation", "bias_gelu")

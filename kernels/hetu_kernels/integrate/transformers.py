@@ -1,135 +1,45 @@
-"""Models of the transformers library: its attention interface, and exchanges by type for its layers.
+"""Models of the transformers library: exchanges by type for its layers and losses.
 
-Imported only where transformers already is.
+Imported only where transformers already is. Attention is in :mod:`hetu_kernels.integrate.transformers_attention`.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.activations import GELUActivation, GELUTanh, NewGELUActivation
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.activations import GELUActivation, GELUTanh, NewGELUActivation, SiLUActivation
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPastAndCrossAttentions,
+    CausalLMOutputWithCrossAttentions,
+    CausalLMOutputWithPast,
+)
 
 import hetu_kernels
-from hetu_kernels.integrate.attention import padded_attention
-from hetu_kernels.integrate.layers import Exchange, as_autocast_norm, is_plain
-
-NAME = "hetu"
-
-
-def attention_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int = 0,
-    kv_offset: int = 0,
-    mask_function: Any = causal_mask_function,
-    attention_mask: Tensor | None = None,
-    allow_is_causal_skip: bool = True,
-    **options: Any,
-) -> Tensor | None:
-    """What the attention function is given as mask: padding bool ``[batch, keys]``, None, or a dense mask.
-
-    Causal order and windows are known to the kernel. Whatever else a mask function says (documents in one row, blocks
-    that see each other) comes as torch's dense mask ``[batch, 1, rows, keys]``.
-    """
-    only_a_window = options.get("local_size") is not None and allow_is_causal_skip
-    known = mask_function in (causal_mask_function, bidirectional_mask_function) or only_a_window
-    # A preallocated cache is longer than what has been written to it.
-    whole = isinstance(q_offset, int) and kv_length + kv_offset == q_length + q_offset
-    if known and whole:
-        if attention_mask is None:
-            return None
-        if attention_mask.dim() == 2 and attention_mask.shape[1] >= kv_length:
-            return attention_mask[:, -kv_length:].bool()
-    return sdpa_mask(
-        batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
-        mask_function=mask_function, attention_mask=attention_mask,
-        **{**options, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False},
-    )  # fmt: skip
+from hetu_kernels.integrate.layers import (
+    Exchange,
+    KernelGELU,
+    KernelLayerNorm,
+    as_autocast_norm,
+    can_be_bypassed,
+    is_plain,
+    normalizes_rows,
+)
 
 
-def attention_function(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """The library's attention interface: ``[batch, heads, tokens, dim]`` in, ``[batch, tokens, heads, dim]`` out."""
-    causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
-    if attention_mask is not None and attention_mask.dim() == 4:
-        out = _dense(query, key, value, attention_mask, dropout, scaling, softcap, s_aux)
-    else:
-        out = padded_attention(
-            query, key, value, causal=causal, padding=attention_mask, window=_window(sliding_window, causal),
-            scale=scaling, softcap=softcap, sinks=s_aux, dropout=dropout if module.training else 0.0,
-        )  # fmt: skip
-    return out.transpose(1, 2), None
-
-
-def _window(sliding_window: int | None, causal: bool) -> int | tuple[int, int] | None:
-    """The library counts a token's own key; without causal order its window reaches as far to the right."""
-    if sliding_window is None or causal:
-        return sliding_window
-    return sliding_window, sliding_window
-
-
-def _dense(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor,
-    dropout: float,
-    scaling: float | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """Attention under a dense mask by torch."""
-    if softcap is not None or sinks is not None:
-        raise ValueError(
-            "hetu attention: a dense mask together with softcap or sinks. Use attn_implementation='eager'."
-        )
-    return nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
-    )
-
-
-AttentionInterface.register(NAME, attention_function)
-AttentionMaskInterface.register(NAME, attention_mask)
-
-
-def use_attention(model: nn.Module, integration: Any) -> None:
-    """Set the attention implementation of every model of the library within ``model``."""
-    for name, module in model.named_modules():
-        if not isinstance(module, PreTrainedModel) or module.config._attn_implementation == NAME:
-            continue
-        if not module._can_set_attn_implementation():
-            continue
-        own = module.config._attn_implementation
-        module.set_attn_implementation(NAME)
-        integration.add(
-            f"{name}.attention" if name else "attention",
-            "varlen_attention",
-            lambda module=module, own=own: module.set_attn_implementation(own),
-        )
+def _own_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """The ``forward`` of the type that was exchanged, also where others have derived types from ours since."""
+    return self._exchanged.forward(self, *args, **kwargs)
 
 
 def _norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
     if not is_plain(hidden_states, self.weight):
-        return super(type(self), self).forward(hidden_states)
+        return _own_forward(self, hidden_states)
     y = hetu_kernels.rms_norm(hidden_states, self.weight, eps=self.variance_epsilon)
     return y.to(torch.promote_types(self.weight.dtype, hidden_states.dtype))
 
@@ -143,38 +53,79 @@ def _gated_forward(self: Any, x: Tensor) -> Tensor:
 
 def _gelu_forward(self: Any, input: Tensor) -> Tensor:
     if not is_plain(input):
-        return super(type(self), self).forward(input)
+        return _own_forward(self, input)
     return hetu_kernels.bias_gelu(input, approximate="none" if isinstance(self, GELUActivation) else "tanh")
 
 
 def _added_norm_forward(self: Any, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
     norm = self.LayerNorm
     hidden_states = self.dropout(self.dense(hidden_states))
-    if not is_plain(hidden_states, norm.weight):
+    known = type(norm) in (nn.LayerNorm, KernelLayerNorm) and normalizes_rows(norm) and can_be_bypassed(norm)
+    if not known or not is_plain(hidden_states, input_tensor, norm.weight):
         return norm(hidden_states + input_tensor)
+    # The sum has the wider of the two dtypes, and the norm that of the sum.
+    hidden_states = hidden_states.to(torch.promote_types(hidden_states.dtype, input_tensor.dtype))
     hidden_states = as_autocast_norm(hidden_states)
     return hetu_kernels.add_layer_norm(hidden_states, input_tensor, norm.weight, norm.bias, eps=norm.eps)[0]
 
 
-def _causal_lm_forward(self: Any, input_ids: Tensor | None = None, labels: Tensor | None = None, **options: Any) -> Any:
-    if labels is None or options.get("return_dict") is False:
-        return super(type(self), self).forward(input_ids=input_ids, labels=labels, **options)
-    count = options.pop("num_items_in_batch", None)
-    hidden = self.base_model(input_ids=input_ids, **options)[0]
+# What a loss is told and the model below it is not.
+_OF_THE_LOSS = ("labels", "shift_labels", "num_items_in_batch", "ignore_index", "logits_to_keep", "return_dict")
+
+
+def _causal_lm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    given = {**dict(zip(self._positional, args, strict=False)), **kwargs}
+    # Arguments too many or given twice are for the model to complain about.
+    unambiguous = len(given) == len(args) + len(kwargs)
+    if not unambiguous or not _can_do_without_logits(self, given):
+        return _own_forward(self, *args, **kwargs)
+    inner = self.base_model(**{name: argument for name, argument in given.items() if name not in _OF_THE_LOSS})
+    kept = {name: getattr(inner, name) for name in ("past_key_values", "hidden_states", "attentions")}
+    loss = _loss(inner.last_hidden_state, self.get_output_embeddings(), given)
+    if isinstance(inner, BaseModelOutputWithPastAndCrossAttentions):
+        return CausalLMOutputWithCrossAttentions(loss=loss, **kept, cross_attentions=inner.cross_attentions)
+    return CausalLMOutputWithPast(loss=loss, **kept)
+
+
+def _can_do_without_logits(self: Any, given: dict[str, Any]) -> bool:
+    """Whether the loss of a call is the one the kernel computes, and nobody asks for more than the loss."""
+    if given.get("labels") is None or self.loss_function is not ForCausalLMLoss:
+        return False
+    # The fields of a tuple would change their places without logits.
+    if not self.config.return_dict or given.get("return_dict") not in (None, True):
+        return False
+    rows_left_out = given.get("logits_to_keep", 0)
     head = self.get_output_embeddings()
+    plain_head = type(head) is nn.Linear and can_be_bypassed(head) and is_plain(head.weight, head.bias)
+    return plain_head and isinstance(rows_left_out, int) and rows_left_out == 0
+
+
+def _loss(hidden: Tensor, head: nn.Linear, given: dict[str, Any]) -> Tensor:
+    """The library's ``ForCausalLMLoss`` of the logits that ``head`` would compute."""
+    labels, count, ignored = given.get("shift_labels"), given.get("num_items_in_batch"), given.get("ignore_index", -100)
+    if labels is None:
+        hidden, labels = hidden[:, :-1], given["labels"][..., 1:]
+    labels = labels.reshape(hidden.shape[:-1]).to(hidden.device)
+    reduction = "mean" if count is None else "sum"
     loss = hetu_kernels.linear_cross_entropy(
-        hidden[:, :-1], head.weight, labels[:, 1:], head.bias, reduction="mean" if count is None else "sum"
+        hidden, head.weight, labels, head.bias, ignore_index=ignored, reduction=reduction
     )
-    return CausalLMOutputWithPast(loss=loss if count is None else loss / count)
+    if count is None:
+        return loss
+    return loss / (count.to(loss.device) if isinstance(count, Tensor) else count)
 
 
 def _activation_of(module: Any) -> str | None:
-    """Name of an activation module for :func:`~hetu_kernels.swiglu`."""
-    if isinstance(module, nn.SiLU) or type(module).__name__ == "SiLUActivation":
+    """Name of an activation module for :func:`~hetu_kernels.swiglu`; None for what may do more than that."""
+    if not can_be_bypassed(module):
+        return None
+    kind = type(module)
+    if kind in (nn.SiLU, SiLUActivation):
         return "silu"
+    # The exchanged types are derived from the library's.
     if isinstance(module, NewGELUActivation | GELUTanh):
         return "gelu_tanh"
-    if isinstance(module, GELUActivation) or (isinstance(module, nn.GELU) and module.approximate == "none"):
+    if isinstance(module, GELUActivation) or (kind in (nn.GELU, KernelGELU) and module.approximate == "none"):
         return "gelu"
     return None
 
@@ -195,6 +146,9 @@ _FORWARDS = (
     (_CAUSAL_LMS, _causal_lm_forward, "loss", "linear_cross_entropy"),
 )
 
+# Names of the classes that ``loss=True`` exchanges.
+LOSS_CLASSES = tuple(name.split(".")[1] for name in _CAUSAL_LMS)
+
 
 def exchange_for(module: nn.Module) -> Exchange | None:
     """What a module of the library is exchanged for, by its exact type."""
@@ -213,9 +167,35 @@ def exchange_for(module: nn.Module) -> Exchange | None:
     return None
 
 
+def __getattr__(name: str) -> type[nn.Module]:
+    """The subclass of that name, for models that are unpickled before anything was exchanged."""
+    for kind in (GELUActivation, NewGELUActivation, GELUTanh):
+        if name == f"Kernel{kind.__name__}":
+            return _subclass(kind, _gelu_forward)
+    for names, forward, _, _ in _FORWARDS:
+        for folder, kind_name in (path.split(".") for path in names):
+            if name == f"Kernel{kind_name}":
+                found = importlib.import_module(f"{_LIBRARY}.{folder}.modeling_{folder}")
+                return _subclass(getattr(found, kind_name), forward)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def _subclass(kind: type[nn.Module], forward: Any) -> type[nn.Module]:
-    """A subclass with another ``forward``; kept in this module under its name, so that models can be pickled."""
+    """A subclass with another ``forward``; kept in this module, so that models can be pickled."""
     name = f"Kernel{kind.__name__}"
     if name not in globals():
-        globals()[name] = type(name, (kind,), {"forward": forward, "__module__": __name__, "__qualname__": name})
+        # Trainers ask for the signature, and saved configurations name the class: both are those of the model.
+        @functools.wraps(kind.forward)
+        def exchanged(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return forward(self, *args, **kwargs)
+
+        parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
+        members = {
+            "forward": exchanged,
+            "_exchanged": kind,
+            "_positional": tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD),
+            "__module__": __name__,
+            "__qualname__": name,
+        }
+        globals()[name] = type(kind.__name__, (kind,), members)
     return globals()[name]

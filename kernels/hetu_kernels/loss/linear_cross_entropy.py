@@ -426,8 +426,8 @@ def linear_cross_entropy(
         bias: ``[C]``, any floating dtype; with a ``group``, this rank's slice.
         ignore_index: Rows with this label have no loss and no gradient and do not count in the mean.
         label_smoothing: Part of the target that is spread evenly over all classes, 0 to 1.
-        z_loss: Adds ``z_loss * lse^2`` to the loss of each row, whatever its class weight.
-        softcap: Logits become ``softcap * tanh(logits / softcap)``; None for no bound.
+        z_loss: Adds ``z_loss * lse^2`` to the loss of each row, whatever its class weight; 0 or more.
+        softcap: Logits become ``softcap * tanh(logits / softcap)``, finite; None for no bound.
         class_weight: Weight of each class in the loss, one for each row of ``weight``; with a ``group``, of all slices,
             on every rank. The mean then divides by the weights of the labels. It gets no gradient.
         reduction: ``"mean"``, ``"sum"``, or ``"none"`` for a loss shaped like ``target``.
@@ -442,9 +442,10 @@ def linear_cross_entropy(
 
     Raises:
         ValueError: If shapes, devices or options do not fit together.
-        TypeError: If a dtype does not fit, or a tensor is distributed.
+        TypeError: If a dtype does not fit, a tensor is distributed, or an argument is of the wrong type.
     """
     op = "linear_cross_entropy"
+    checks.tensors(op, x=x, weight=weight, target=target)
     checks.not_distributed(op, x=x, weight=weight, bias=bias, target=target)
     checks.same_device(op, x=x, weight=weight, target=target, bias=bias, class_weight=class_weight)
     checks.floating(op, x=x, weight=weight, bias=bias, class_weight=class_weight)
@@ -458,12 +459,16 @@ def linear_cross_entropy(
     checks.shape(op, "target", target, tuple(x.shape[:-1]), "one label per row of x")
     checks.shape(op, "bias", bias, (weight.shape[0],), "one per row of weight")
     checks.shape(op, "class_weight", class_weight, (weight.shape[0] if group is None else None,), "one per class")
+    label_smoothing = checks.number(op, "label_smoothing", label_smoothing)
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"{op}: label_smoothing={label_smoothing}, expected 0 to 1.")
-    if softcap is not None and not softcap > 0.0:
-        raise ValueError(f"{op}: softcap={softcap}, expected a positive number or None.")
-    if chunk_bytes <= 0:
-        raise ValueError(f"{op}: chunk_bytes={chunk_bytes}, expected a positive number.")
+    z_loss = checks.number(op, "z_loss", z_loss, sign="0 or more")
+    if softcap is not None:
+        softcap = checks.number(op, "softcap", softcap, sign="positive", meaning=", or None for no cap")
+    ignore_index = checks.whole(op, "ignore_index", ignore_index)
+    chunk_bytes = checks.whole(op, "chunk_bytes", chunk_bytes, at_least=1)
+    if group is not None and not hasattr(group, "group_name"):
+        raise TypeError(f"{op}: group={group!r}, expected a torch.distributed.ProcessGroup or None.")
     compute = _compute_dtype(x, weight)
     if class_weight is not None:
         class_weight = class_weight.detach()
@@ -485,7 +490,7 @@ def linear_cross_entropy(
 def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     """What :func:`torch.nn.functional.linear` would multiply in."""
     autocast = autocast_dtype(x.device)
-    if autocast is not None and x.dtype != torch.float64:
+    if autocast is not None and torch.float64 not in (x.dtype, weight.dtype):  # which it leaves as it is
         return autocast
     checks.same_dtype("linear_cross_entropy", x=x, weight=weight)
     return x.dtype

@@ -91,6 +91,7 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, *, approximate: str = "none
         TypeError: If an argument is not floating point.
     """
     op = "bias_gelu"
+    checks.tensors(op, x=x)
     checks.same_device(op, x=x, bias=bias)
     checks.not_distributed(op, x=x, bias=bias)
     checks.floating(op, x=x, bias=bias)

@@ -134,20 +134,22 @@ def add_layer_norm(
         weight: Scale ``[n]``.
         shift: Added after scaling, ``[n]``: what :class:`torch.nn.LayerNorm` calls its bias.
         bias: ``[n]``, added to ``x``; what the linear layer before would have added.
-        eps: Constant under the root.
-        residual_dtype: Dtype of the returned residual stream; that of ``residual`` (or ``x``) unless told.
+        eps: Constant under the root, 0 or more.
+        residual_dtype: Dtype of the returned residual stream; that of ``residual`` (or ``x``) unless told. ``x``,
+            ``residual`` and this are all float64, or none is.
 
     Returns:
         ``y`` in the dtype of ``x``, and ``z = x + bias + residual``, the residual stream for the next layer. Both
         shaped like ``x`` and contiguous, but that ``z`` is ``x`` itself where there is nothing to add or convert.
 
     Raises:
-        ValueError: If shapes or devices do not fit together.
-        TypeError: If an argument is not floating point.
+        ValueError: If shapes, devices or ``eps`` do not fit.
+        TypeError: If an argument is of the wrong type, not floating point, or float64 beside others.
     """
-    op, n = "add_layer_norm", check_norm_arguments("add_layer_norm", x, residual, bias)
-    checks.same_device(op, x=x, weight=weight, shift=shift)
-    checks.floating(op, weight=weight, shift=shift)
+    op, n = "add_layer_norm", check_norm_arguments("add_layer_norm", x, residual, weight, bias, residual_dtype)
+    eps = checks.number(op, "eps", eps, sign="0 or more")
+    checks.same_device(op, x=x, shift=shift)
+    checks.floating(op, shift=shift)
     checks.shape(op, "weight", weight, (n,), "one per column of x")
     checks.shape(op, "shift", shift, (n,), "one per column of x")
     z_dtype = norm_ref.output_dtype_of_z(x, residual, residual_dtype)
@@ -162,7 +164,7 @@ def layer_norm(x: Tensor, weight: Tensor, shift: Tensor | None = None, *, eps: f
         x: ``[..., n]``.
         weight: Scale ``[n]``.
         shift: Added after scaling, ``[n]``.
-        eps: Constant under the root.
+        eps: Constant under the root, 0 or more.
 
     Returns:
         Normalized rows, shaped like ``x`` and in its dtype.

@@ -27,6 +27,9 @@ from hetu_kernels.norm_act import pack_ref
 class PaddingLayout(NamedTuple):
     """Where the tokens of a padded batch are; made by :func:`padding_layout`.
 
+    Indices of a layout made otherwise are checked on the CPU, and elsewhere with ``LIGHTNING_HETU_CHECK=1``, which
+    waits for the device; unchecked ones that point outside read beside a tensor.
+
     It is a tuple of tensors and numbers, so ``torch.utils._pytree`` and ``torch.compile`` see through it. The column of
     each packed token in its sequence, for position embeddings, is ``gather_idx % max_length``.
 
@@ -50,6 +53,8 @@ class PaddingLayout(NamedTuple):
 @torch.library.custom_op("lightning_hetu::pack_fwd", mutates_args=())
 def pack_fwd(x: Tensor, gather_idx: Tensor, scatter_idx: Tensor) -> Tensor:
     """Returns the packed rows; the inverse index is for backward."""
+    size = x.shape[0] * x.shape[1]
+    checks.indices("pack", "layout.gather_idx", gather_idx, size, "the rows of the padded batch", lowest=None)
     if use_triton(x):
         from hetu_kernels.norm_act._pack_kernels import launch_pack
 
@@ -62,6 +67,8 @@ def unpack_fwd(
     packed: Tensor, gather_idx: Tensor, scatter_idx: Tensor, batch: int, max_length: int, fill: float
 ) -> Tensor:
     """Returns the padded batch; the inverse index is for backward."""
+    size = packed.shape[0]
+    checks.indices("unpack", "layout.scatter_idx", scatter_idx, size, "the rows of the packed tensor", lowest=None)
     if use_triton(packed):
         from hetu_kernels.norm_act._pack_kernels import launch_unpack
 
@@ -123,16 +130,17 @@ def padding_layout(
 
     Raises:
         ValueError: If not exactly one of ``mask`` and ``lengths`` is given, or shapes and sizes do not fit.
-        TypeError: If ``lengths`` are no integers.
+        TypeError: If ``lengths``, or a size, are no integers.
     """
     op = "padding_layout"
     if (mask is None) == (lengths is None):
         given = "neither" if mask is None else "both"
         raise ValueError(f"{op}: {given} of mask and lengths given, expected one of them.")
     checks.same_device(op, mask=mask, lengths=lengths)
-    for name, size in (("max_length", max_length), ("total_tokens", total_tokens)):
-        if size is not None and size < 0:
-            raise ValueError(f"{op}: {name}={size}, expected at least 0.")
+    if max_length is not None:
+        max_length = checks.whole(op, "max_length", max_length, at_least=0)
+    if total_tokens is not None:
+        total_tokens = checks.whole(op, "total_tokens", total_tokens, at_least=0)
     if mask is not None:
         if mask.dim() != 2:
             raise ValueError(f"{op}: mask has shape {list(mask.shape)}, expected [batch, max_length].")
@@ -171,8 +179,9 @@ def pack(x: Tensor, layout: PaddingLayout) -> Tensor:
 
     Raises:
         ValueError: If ``x`` is not padded like the layout, or on another device.
-        TypeError: If ``x`` is no tensor, or a complex one.
+        TypeError: If ``x`` is no tensor, or a complex one, or ``layout`` is none.
     """
+    _check_layout("pack", layout)
     _check("pack", "x", x, layout, (layout.batch, layout.max_length), "[batch, max_length, ...]")
     return pack_fwd(x, layout.gather_idx, layout.scatter_idx)
 
@@ -183,7 +192,7 @@ def unpack(packed: Tensor, layout: PaddingLayout, *, fill: float = 0.0) -> Tenso
     Args:
         packed: ``[rows, ...]``, of real numbers or integers; any strides.
         layout: The one it was packed with.
-        fill: What the padding is filled with.
+        fill: What the padding is filled with: any number that the dtype of ``packed`` has.
 
     Returns:
         ``[batch, max_length, ...]`` in the dtype of ``packed``, contiguous. The gradient of rows behind the last token
@@ -192,15 +201,46 @@ def unpack(packed: Tensor, layout: PaddingLayout, *, fill: float = 0.0) -> Tenso
     Raises:
         ValueError: If ``packed`` has not as many rows as the layout, is on another device, or ``fill`` is not a number
             of its dtype.
-        TypeError: If ``packed`` is no tensor, or a complex one.
+        TypeError: If ``packed`` is no tensor, or a complex one, ``layout`` is none, or ``fill`` is no number.
     """
+    _check_layout("unpack", layout)
     _check("unpack", "packed", packed, layout, layout.gather_idx.shape, "[rows, ...]")
-    if not packed.dtype.is_floating_point and not float(fill).is_integer():
-        raise ValueError(f"unpack: fill={fill}, expected an integer for {packed.dtype}.")
+    fill = _checked_fill(fill, packed.dtype)
     return unpack_fwd(packed, layout.gather_idx, layout.scatter_idx, layout.batch, layout.max_length, fill)
 
 
+def _checked_fill(fill: float, dtype: torch.dtype) -> float:
+    """A number that a dtype has; a bool takes any integer, as everywhere in torch."""
+    if not isinstance(fill, bool | int | float):
+        fill = checks.number("unpack", "fill", fill, infinite=True)
+    if dtype.is_floating_point:
+        largest = torch.finfo(dtype).max
+        if fill - fill == 0 and not -largest <= fill <= largest:  # infinities and NaN are numbers of every such dtype
+            raise ValueError(f"unpack: fill={fill}, expected {-largest} to {largest} for {dtype}, infinite or NaN.")
+        return fill
+    if not float(fill).is_integer():
+        raise ValueError(f"unpack: fill={fill}, expected an integer for {dtype}.")
+    if dtype != torch.bool and not torch.iinfo(dtype).min <= fill <= torch.iinfo(dtype).max:
+        raise ValueError(
+            f"unpack: fill={fill}, expected {torch.iinfo(dtype).min} to {torch.iinfo(dtype).max} for {dtype}."
+        )
+    return fill
+
+
+def _check_layout(op: str, layout: PaddingLayout) -> None:
+    """A layout whose parts fit together; what is in its tensors is looked at by the operators."""
+    if not isinstance(layout, PaddingLayout):
+        raise TypeError(f"{op}: layout is a {type(layout).__name__}, expected a PaddingLayout: see padding_layout().")
+    gather_idx, scatter_idx = layout.gather_idx, layout.scatter_idx
+    checks.tensors(op, **{"layout.gather_idx": gather_idx, "layout.scatter_idx": scatter_idx})
+    checks.integer(op, **{"layout.gather_idx": gather_idx, "layout.scatter_idx": scatter_idx})
+    checks.shape(op, "layout.gather_idx", gather_idx, (None,), "one per packed row")
+    slots = layout.batch * layout.max_length
+    checks.shape(op, "layout.scatter_idx", scatter_idx, (slots,), "batch * max_length")
+
+
 def _check(op: str, name: str, tensor: Tensor, layout: PaddingLayout, sizes: tuple[int, ...], meaning: str) -> None:
+    checks.tensors(op, **{name: tensor})
     tensors = {name: tensor, "layout.gather_idx": layout.gather_idx, "layout.scatter_idx": layout.scatter_idx}
     checks.same_device(op, **tensors)
     checks.not_distributed(op, **tensors)

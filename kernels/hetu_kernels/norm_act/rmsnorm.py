@@ -134,21 +134,22 @@ def add_rms_norm(
         residual: The residual stream, shaped like ``x``, in its own dtype; None for nothing to add.
         weight: Scale ``[n]``.
         bias: ``[n]``, added to ``x``; what the linear layer before would have added.
-        eps: Constant under the root.
+        eps: Constant under the root, 0 or more.
         zero_centered: Scale by ``weight + 1`` (Gemma's convention).
-        residual_dtype: Dtype of the returned residual stream; that of ``residual`` (or ``x``) unless told.
+        residual_dtype: Dtype of the returned residual stream; that of ``residual`` (or ``x``) unless told. ``x``,
+            ``residual`` and this are all float64, or none is.
 
     Returns:
         ``y`` in the dtype of ``x``, and ``z = x + bias + residual``, the residual stream for the next layer. Both
         shaped like ``x`` and contiguous, but that ``z`` is ``x`` itself where there is nothing to add or convert.
 
     Raises:
-        ValueError: If shapes or devices do not fit together.
-        TypeError: If an argument is not floating point.
+        ValueError: If shapes, devices or ``eps`` do not fit.
+        TypeError: If an argument is of the wrong type, not floating point, or float64 beside others.
     """
-    op, n = "add_rms_norm", check_norm_arguments("add_rms_norm", x, residual, bias)
-    checks.same_device(op, x=x, residual=residual, weight=weight, bias=bias)
-    checks.floating(op, weight=weight)
+    op, n = "add_rms_norm", check_norm_arguments("add_rms_norm", x, residual, weight, bias, residual_dtype)
+    eps = checks.number(op, "eps", eps, sign="0 or more")
+    checks.flags(op, zero_centered=zero_centered)
     checks.shape(op, "weight", weight, (n,), "one per column of x")
     z_dtype = norm_ref.output_dtype_of_z(x, residual, residual_dtype)
     y, z, _ = add_rms_norm_fwd(x, residual, weight, bias, eps, zero_centered, z_dtype)
@@ -161,7 +162,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, zero_centered: boo
     Args:
         x: ``[..., n]``.
         weight: Scale ``[n]``.
-        eps: Constant under the root.
+        eps: Constant under the root, 0 or more.
         zero_centered: Scale by ``weight + 1``.
 
     Returns:
@@ -170,10 +171,22 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, zero_centered: boo
     return add_rms_norm(x, None, weight, eps=eps, zero_centered=zero_centered)[0]
 
 
-def check_norm_arguments(op: str, x: Tensor, residual: Tensor | None, bias: Tensor | None) -> int:
+def check_norm_arguments(
+    op: str,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual_dtype: torch.dtype | None,
+) -> int:
     """Checks that both norms share; returns the length of a row."""
-    checks.same_device(op, x=x, residual=residual, bias=bias)
-    checks.floating(op, x=x, residual=residual, bias=bias)
+    checks.tensors(op, x=x, weight=weight)
+    checks.same_device(op, x=x, residual=residual, weight=weight, bias=bias)
+    checks.floating(op, x=x, residual=residual, weight=weight, bias=bias)
+    checks.one_of(op, "residual_dtype", residual_dtype, (*checks.FLOATING, None))
+    # Of a mixture the reference would add in float64, and the kernel in float32 what it then calls float64.
+    residual_type = None if residual is None else residual.dtype
+    checks.all_or_no_float64(op, x=x.dtype, residual=residual_type, residual_dtype=residual_dtype)
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"{op}: x has shape {list(x.shape)}, expected rows of at least one element.")
     if residual is not None and residual.shape != x.shape:

@@ -80,9 +80,11 @@ def rotary(
 
     Raises:
         ValueError: If shapes or devices do not fit together.
-        TypeError: If a dtype is not one of those above.
+        TypeError: If a dtype is not one of those above, or an argument is of the wrong type.
     """
     op = "rotary"
+    checks.tensors(op, x=x, cos=cos, sin=sin)
+    checks.flags(op, interleaved=interleaved)
     checks.same_device(op, x=x, cos=cos, sin=sin, positions=positions)
     checks.not_distributed(op, x=x, cos=cos, sin=sin, positions=positions)
     checks.floating(op, x=x, cos=cos, sin=sin)

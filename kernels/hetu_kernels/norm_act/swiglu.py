@@ -103,6 +103,7 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, bias: Tensor | None = None
         TypeError: If an argument is not floating point, or ``up`` is of another dtype than ``gate``.
     """
     op = "swiglu"
+    checks.tensors(op, gate=gate)
     checks.same_device(op, gate=gate, up=up, bias=bias)
     checks.not_distributed(op, gate=gate, up=up, bias=bias)
     checks.floating(op, gate=gate, up=up, bias=bias)

@@ -134,11 +134,12 @@ def adamw(
         step: Number of steps done, of one element, on the device, float32, float64, int32 or int64; counted up here.
             One for all tensors, or a sequence with one for each.
         lr: Learning rate: a number, or a tensor of one element on the device.
-        betas: Decay of the moments.
+        betas: Decay of the moments: two numbers from 0 to below 1.
         eps: Added to the root of the second moment.
         weight_decay: Decay of the parameters, times ``lr``; apart from the gradients.
         maximize: Go up instead of down.
-        master_params: Float32 copies of ``params``: they are updated, and ``params`` rounded from them.
+        master_params: Float32 copies of ``params`` (float64 of float64): they are updated, and ``params`` rounded from
+            them.
         grad_scale: What the gradients were multiplied by, of one element on the device.
         found_inf: Of one element on the device; where it is not 0, nothing changes, ``step`` included.
         max_norm: Gradients are multiplied by ``max_norm / norm`` if their norm, over all tensors, is larger.
@@ -148,14 +149,19 @@ def adamw(
 
     Raises:
         ValueError: If lists, shapes, devices or numbers do not fit.
-        TypeError: If a dtype does not fit, or a tensor is distributed or sparse.
+        TypeError: If a dtype does not fit, an argument is of the wrong type, or a tensor is distributed or sparse.
     """
     op = "adamw"
-    steps = [step] if isinstance(step, Tensor) else list(step)
+    if isinstance(step, Tensor):
+        steps = [step]
+    else:
+        checks.tensor_list(op, "step", step)
+        steps = list(step)
     lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     if master_params is not None:
         lists["master_params"] = master_params
     for name, tensors in lists.items():
+        checks.tensor_list(op, name, tensors)
         if len(tensors) != len(params):
             raise ValueError(
                 f"{op}: {name} has {len(tensors)} tensors, expected {len(params)}, one for each of params."
@@ -170,12 +176,11 @@ def adamw(
     checks.not_distributed(op, **named)
     checks.same_device(op, **named, **counters, **singles)
     checks.floating(op, **named, **{name: tensor for name, tensor in singles.items() if name != "found_inf"})
-    double = bool(params) and params[0].dtype == torch.float64
+    checks.all_or_no_float64(op, **{name: tensor.dtype for name, tensor in named.items()})
+    for i, master in enumerate(master_params or ()):
+        if master.dtype not in (torch.float32, torch.float64):  # in a narrow one, small steps would vanish
+            raise TypeError(f"{op}: master_params[{i}] has dtype {master.dtype}, expected torch.float32.")
     for name, tensor in named.items():
-        if (tensor.dtype == torch.float64) != double:
-            raise TypeError(
-                f"{op}: {name} has dtype {tensor.dtype}, params[0] {params[0].dtype}: float64 does not mix with others."
-            )
         param = params[int(name[name.index("[") + 1 : -1])]
         if tensor.layout != torch.strided:
             raise TypeError(f"{op}: {name} has layout {tensor.layout}, expected torch.strided.")
@@ -189,9 +194,13 @@ def adamw(
     for name, single in (*counters.items(), *singles.items()):
         if single is not None and single.dim() and tuple(single.shape) != (1,):
             raise ValueError(f"{op}: {name} has shape {list(single.shape)}, expected one element.")
+    for number, beta in enumerate(betas) if isinstance(betas, tuple | list) else ():
+        if isinstance(beta, Tensor):
+            raise TypeError(f"{op}: betas[{number}] is a Tensor, expected a number.")
     check_numbers(op, lr, betas, eps, weight_decay)
-    if max_norm is not None and not max_norm > 0.0:
-        raise ValueError(f"{op}: max_norm={max_norm}, expected a positive number or None.")
+    checks.flags(op, maximize=maximize)
+    if max_norm is not None:
+        max_norm = checks.number(op, "max_norm", max_norm, sign="positive", infinite=True, meaning=", or None")
     with torch.no_grad():
         norm = update(
             list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), steps, list(master_params or ()),
@@ -201,17 +210,27 @@ def adamw(
     return None if max_norm is None else norm
 
 
-def check_numbers(op: str, lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
-    """Checks of what an optimizer is made with.
+def check_numbers(op: str, lr: Any, betas: Any, eps: Any, weight_decay: Any) -> None:
+    """Checks of what an optimizer is made with; what is a tensor on a device is not looked at.
 
     Raises:
         ValueError: Naming the argument, its value and what is allowed.
+        TypeError: Likewise.
     """
-    numbers: dict[str, object] = {"eps": eps, "weight_decay": weight_decay}
-    if not isinstance(lr, Tensor):
-        numbers["lr"] = lr
+    numbers = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
     for name, value in numbers.items():
-        if not value >= 0.0:  # type: ignore[operator]
-            raise ValueError(f"{op}: {name}={value}, expected 0 or more.")
-    if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+        if name != "lr" or not isinstance(value, Tensor):
+            checks.number(op, name, value, sign="0 or more")
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
         raise ValueError(f"{op}: betas={betas}, expected two numbers from 0 to below 1.")
+    for i, beta in enumerate(betas):
+        if isinstance(beta, Tensor):
+            if beta.device.type != "cpu" or beta.numel() != 1:
+                raise ValueError(
+                    f"{op}: betas[{i}] has shape {list(beta.shape)} on {beta.device}, expected a number, or a tensor of"
+                    " one element on the CPU: each step reads it."
+                )
+        else:
+            checks.number(op, f"betas[{i}]", beta)
+    if not all(0.0 <= beta < 1.0 for beta in betas):
+        raise ValueError(f"{op}: betas={tuple(map(float, betas))}, expected two numbers from 0 to below 1.")

@@ -21,17 +21,19 @@ class AdamW(torch.optim.AdamW):
     Args:
         params: Parameters, or groups of them.
         lr: Learning rate, a number or a tensor of one element.
-        betas: Decay of the moments.
+        betas: Decay of the moments: numbers, or tensors of one element on the CPU, which each step reads.
         eps: Added to the root of the second moment.
         weight_decay: Decay of the parameters, times ``lr``.
         amsgrad: Not supported.
         maximize: Go up instead of down.
-        foreach: Means nothing here, as the next two: accepted so that arguments need not change.
+        foreach: Means nothing here: accepted so that arguments need not change, as are ``capturable`` and ``fused``.
         capturable: Every step is.
+        differentiable: Not supported.
         fused: Every step is.
 
     Raises:
-        ValueError: For ``amsgrad``, or numbers out of range.
+        ValueError: For ``amsgrad`` or ``differentiable``, or numbers out of range.
+        TypeError: If a number is none.
     """
 
     def __init__(
@@ -46,30 +48,30 @@ class AdamW(torch.optim.AdamW):
         maximize: bool = False,
         foreach: bool | None = None,
         capturable: bool = False,
+        differentiable: bool = False,
         fused: bool | None = None,
     ) -> None:
         check_numbers("AdamW", lr, betas, eps, weight_decay)
-        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize)
+        super().__init__(
+            params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, differentiable=differentiable
+        )
         self._step_supports_amp_scaling = True
-        self._check_groups()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, as :meth:`torch.optim.Optimizer.add_param_group`."""
+        # First: what is refused must not stay behind. What is no dictionary, torch refuses.
+        if isinstance(param_group, dict):
+            _check_group(len(self.param_groups), {**self.defaults, **param_group})
         super().add_param_group(param_group)
-        if "amsgrad" in self.param_groups[-1]:
-            self._check_groups()
-
-    def _check_groups(self) -> None:
-        for number, group in enumerate(self.param_groups):
-            for option in ("amsgrad", "differentiable"):
-                if group.get(option):
-                    raise ValueError(f"AdamW: group {number} has {option}=True, expected False.")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take a state, this optimizer's or torch's, whose step counters may be on the CPU."""
+        for number, group in enumerate(
+            state.get("param_groups", ())
+        ):  # first, as above; loading a checkpoint ends up here
+            _check_group(number, group)
         super().__setstate__(state)
         self._step_supports_amp_scaling = True
-        self._check_groups()
         for param, values in self.state.items():
             if "step" in values:
                 # A copy: it counts in place, and the state may be somebody's checkpoint.
@@ -118,13 +120,21 @@ class AdamW(torch.optim.AdamW):
             add_exp_avg(exp_avg)
             add_exp_avg_sq(exp_avg_sq)
             add_step(state["step"])
-        lr = group["lr"]
+        lr, betas = group["lr"], map(float, group["betas"])
         on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"
         update(
-            *lists, [], 0.0 if on_device else float(lr), _moved(lr, device) if on_device else None, *group["betas"],
+            *lists, [], 0.0 if on_device else float(lr), _moved(lr, device) if on_device else None, *betas,
             group["eps"], group["weight_decay"], group["maximize"], _moved(getattr(self, "grad_scale", None), device),
             _moved(getattr(self, "found_inf", None), device), None,
         )  # fmt: skip
+
+
+def _check_group(number: int, group: dict[str, Any]) -> None:
+    """A group must not ask for what there is not."""
+    for option in ("amsgrad", "differentiable"):
+        if group.get(option):
+            raise ValueError(f"AdamW: group {number} has {option}=True, expected False.")
+    check_numbers("AdamW", group["lr"], group["betas"], group["eps"], group["weight_decay"])
 
 
 def _check_gradient(param: Tensor) -> None:
