@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_hetu.planning.pipeline import PipelineForm
 from lightning_hetu.planning.plan import HybridPlan, PlanPrediction, Schedule
 
 if TYPE_CHECKING:
@@ -149,9 +150,9 @@ class CostModel(ABC):
     uneven_stages: bool = True
     """Whether the search may cut the model into stages of different numbers of blocks; needs ``exact_pipeline``."""
     exact_pipeline: bool = True
-    """Whether the step time is that of :mod:`~lightning_hetu.planning.pipeline`: the search then trades time per
-    microbatch against synchronization across stages exactly. Otherwise it minimizes ``m * time + synchronization`` of
-    every stage, as the paper does."""
+    """Whether the step time is that of :meth:`pipeline_form`: the search then trades time per microbatch against
+    synchronization across stages exactly. Otherwise it minimizes ``m * time + synchronization`` of every stage, as the
+    paper does."""
 
     @abstractmethod
     def strategies(self, row: int, setting: Setting) -> list[LayerStrategy]:
@@ -172,6 +173,10 @@ class CostModel(ABC):
     @abstractmethod
     def iteration_time(self, seconds: Sequence[float], sync: Sequence[float], setting: Setting) -> float:
         """Seconds of one step from the seconds per microbatch and the synchronization of every stage."""
+
+    def pipeline_form(self, setting: Setting) -> PipelineForm:
+        """The closed form behind :meth:`iteration_time`, where there is one."""
+        return PipelineForm(setting.num_microbatches, setting.schedule)
 
     def time_bound(self, seconds: Sequence[float], sync: Sequence[float], setting: Setting) -> float:
         """No step is faster whose stages take at least these times."""

@@ -21,7 +21,7 @@ from lightning_hetu.planning.cluster import ClusterSpec
 from lightning_hetu.planning.cost_model import Bytes, CostModel, RowCost, RowMemory, Setting, byte_vector
 from lightning_hetu.planning.enumeration import layer_strategies
 from lightning_hetu.planning.layer_strategy import LayerStrategy
-from lightning_hetu.planning.pipeline import step_time
+from lightning_hetu.planning.pipeline import FORWARD_SHARE, PipelineForm
 from lightning_hetu.planning.profile import LayerProfile, ModelProfile
 
 
@@ -107,6 +107,10 @@ class HetuCostModel(CostModel):
         self._gathered = self.constants.gathered_ratio
         self._reduced = self.constants.reduced_ratio
         self._memory_cache: dict[object, RowMemory] = {}
+        layers = [self.layer(row) for row in range(self.num_layers + 2)]
+        forward = sum(layer.forward_seconds(1) for layer in layers)
+        total = sum(layer.forward_seconds(1) * (1 + layer.backward_ratio) for layer in layers)
+        self._forward_share = forward / total if total > 0 else FORWARD_SHARE
 
     def layer(self, row: int) -> LayerProfile:
         """Profile of a row."""
@@ -276,7 +280,11 @@ class HetuCostModel(CostModel):
 
     def iteration_time(self, seconds: Sequence[float], sync: Sequence[float], setting: Setting) -> float:
         """Seconds of one step, see :mod:`~lightning_hetu.planning.pipeline`."""
-        return step_time(seconds, sync, setting.num_microbatches, setting.schedule)
+        return self.pipeline_form(setting).step_time(seconds, sync)
+
+    def pipeline_form(self, setting: Setting) -> PipelineForm:
+        """The closed form, with the share of forward in the whole model without recomputation."""
+        return PipelineForm(setting.num_microbatches, setting.schedule, self._forward_share)
 
     # ---- memory -----------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,6 @@ from lightning_hetu.planning.cost_model import CostModel, Setting
 from lightning_hetu.planning.dynamic_programming import Floats, RowTable, time_bound
 from lightning_hetu.planning.layer_strategy import LayerStrategy
 from lightning_hetu.planning.partition import Cut, all_cuts, balanced_cut, count_cuts, neighbors
-from lightning_hetu.planning.pipeline import even_weight, stage_weights
 from lightning_hetu.planning.search_space import Pins
 from lightning_hetu.planning.stage_search import Found, Prices, SettingSearch
 
@@ -72,7 +71,7 @@ class PartitionSearch:
         setting = self.setting
         count, rounds = setting.num_stages, setting.num_microbatches
         rows = [self._plain_table(row, options[row]) for row in range(setting.num_rows)]
-        weight = even_weight(count, rounds, setting.schedule)
+        weight = self.model.pipeline_form(setting).even_weight(count)
         together = time_bound(rows, count * capacity, (weight, 1.0))
         slowest = max(float(row.cost[:, 0].min()) for row in rows)
         return max(together, rounds * slowest + sum(float(row.cost[:, 1].min()) for row in rows))
@@ -174,6 +173,7 @@ class PartitionSearch:
         """
         moves: dict[Cut, list[tuple[int, set[int]]]] = {}
         queue: list[tuple[float, Cut]] = []
+        form = self.model.pipeline_form(self.setting)
 
         def look_at(cut: Cut, limit: float = np.inf) -> None:
             if cut in moves:
@@ -181,7 +181,7 @@ class PartitionSearch:
             search = self.cut(cut)
             bound, index = min((search.variant_bound(stages, capacity), i) for i, stages in enumerate(search.variants))
             seconds = search.stage_bounds(search.variants[index], capacity)[0]
-            weights = stage_weights(seconds, self.setting.num_microbatches, self.setting.schedule)
+            weights = form.stage_weights(seconds)
             stages = [stage for stage, count in enumerate(cut) if count > 1]
             relieved = sorted(stages, key=lambda stage: -weights[stage])[:_RELIEVED]
             roomy = sorted(range(len(cut)), key=lambda stage: (seconds[stage], stage))[:_RECEIVERS]

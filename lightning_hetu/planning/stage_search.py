@@ -24,7 +24,7 @@ from lightning_hetu.planning.dynamic_programming import (
     time_bound,
 )
 from lightning_hetu.planning.layer_strategy import LayerStrategy
-from lightning_hetu.planning.pipeline import combine, demands, even_weight, stage_supports
+from lightning_hetu.planning.pipeline import stage_supports
 from lightning_hetu.planning.plan import HybridPlan
 from lightning_hetu.planning.search_space import Pins
 
@@ -210,7 +210,7 @@ class SettingSearch:
         if len(stages) == 1 or not self.model.exact_pipeline:
             return bound
         # Time and synchronization are bounded together: the option that is best in one is seldom best in the other.
-        weight = even_weight(len(stages), self.setting.num_microbatches, self.setting.schedule)
+        weight = self.model.pipeline_form(self.setting).even_weight(len(stages))
         return max(bound, sum(self.prices.bound(stage, capacity, (weight, 1.0)) for stage in stages))
 
     def stage_bounds(self, stages: Sequence[StageTables], capacity: int) -> tuple[list[float], list[float]]:
@@ -284,7 +284,8 @@ class SettingSearch:
         def at_least(stage: int, weight: float) -> float:
             return self.prices.bound(stages[stage], capacity, (weight, 1.0))
 
-        asked = demands(at_least, len(stages), microbatches, self.setting.schedule)
+        form = self.model.pipeline_form(self.setting)
+        asked = form.demands(at_least, len(stages))
         if max(demand.bound for demand in asked) > known * (1 + _TIE):
             return None
         fronts = []
@@ -299,7 +300,7 @@ class SettingSearch:
             fronts.append(front)
         if len(stages) == 1:
             return [min(fronts[0], key=lambda choice: (self._time([choice]), choice.peak, choice.options))]
-        combined = combine(fronts, microbatches, self.setting.schedule, known)
+        combined = form.combine(fronts, known)
         # Every stage for itself was at least as good as what was left out.
         return best if combined is None or combined[0] > self._time(best) else combined[1]
 
