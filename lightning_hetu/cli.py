@@ -5,6 +5,7 @@ All but ``consolidate`` are LightningCLI subcommands, configured by YAML and com
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from jsonargparse import auto_cli
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
@@ -24,6 +26,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import lightning_hetu
 from lightning_hetu.parallel.checkpoint import consolidate
+from lightning_hetu.strategies._offline import Target, comparison, plan_offline
 from lightning_hetu.strategies.auto import AutoHybridParallelStrategy
 
 _DESCRIPTION = """Trains and runs a LightningModule under an automatically planned mix of parallelism. One more command
@@ -45,18 +48,52 @@ class HetuTrainer(Trainer):
         HetuTrainer.current = self
 
     def plan(
-        self, model: LightningModule, datamodule: LightningDataModule | None = None, out: str | None = None
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        out: str | None = None,
+        cluster: str | None = None,
+        compare: list[str] | None = None,
+        memory_budget: int | str | None = None,
     ) -> None:
         """Profiles, searches and shows the plan, without training.
+
+        With ``cluster`` or ``compare`` nothing is run at all: the devices are known by name, and the model is only
+        looked at, so it may be larger than this machine.
 
         Args:
             model: The module.
             datamodule: Its data.
             out: File to write the plan to, besides ``plan.json`` in the log folder.
+            cluster: Name of a cluster to plan for instead of this machine: ``2x8xH100-80GB`` is two nodes of eight.
+            compare: Names of clusters to show side by side, each optionally with the memory to use of a device:
+                ``[8xA100-80GB, 8xA100-80GB@40GiB, 4xH100-80GB]``.
+            memory_budget: Bytes of each device of ``cluster`` that the plan may use, or text such as ``70GiB``. By
+                default 90 percent of its memory.
         """
         strategy = self._auto_strategy("plan")
-        strategy.stop_after_plan(plan_file=out)
-        self.fit(model, datamodule=datamodule)
+        if cluster is None and not compare:
+            if memory_budget is not None:
+                raise ValueError(
+                    f"memory_budget={memory_budget}: expected with cluster; for this machine give"
+                    " trainer.strategy.init_args.memory_budget."
+                )
+            strategy.stop_after_plan(plan_file=out)
+            self.fit(model, datamodule=datamodule)
+            return
+        names = [*([] if cluster is None else [cluster]), *(compare or [])]
+        targets = [Target.parse(name, memory_budget) for name in names]
+        plans = plan_offline(self, model, datamodule, strategy.request, targets)
+        if cluster is not None:
+            first = plans[0]
+            if first.plan is None:
+                raise ValueError(f"cluster={cluster}: {first.error}")
+            print(first.plan.explain())
+            print(first.speed())
+            if out is not None:
+                first.plan.save(out)
+        if compare:
+            print(comparison(plans))
 
     def profile(
         self, model: LightningModule, datamodule: LightningDataModule | None = None, out: str = "profiles"
@@ -92,6 +129,13 @@ class HetuCLI(LightningCLI):
             "plan": {"model", "datamodule"},
             "profile": {"model", "datamodule"},
         }
+
+    def instantiate_classes(self) -> None:
+        """Builds what the configuration names; a model that is only looked at gets no memory."""
+        options: Any = self.config.get("plan") if self.subcommand == "plan" else None
+        offline = options is not None and (options.get("cluster") or options.get("compare"))
+        with torch.device("meta") if offline else contextlib.nullcontext():
+            super().instantiate_classes()
 
 
 def consolidate_command(folder: str, file: str) -> None:

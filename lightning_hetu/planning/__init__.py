@@ -11,7 +11,8 @@ one layer of each type costs, a :class:`ClusterSpec` what a collective costs; :f
 Reading order: ``layer_strategy`` and ``plan`` (what is decided), ``profile`` and ``cluster`` (what is known),
 ``enumeration`` (what may be chosen), ``cost_model`` with ``hetu_cost`` (what it costs), ``dynamic_programming`` and
 ``stage_search`` (the best choice inside the stages), ``partition`` and ``partition_search`` (where the stages begin),
-``search`` (the loop around them), ``explain``.
+``search`` (the loop around them), ``explain``. ``presets`` and ``topology`` describe clusters that nobody measured,
+``simulate`` plays a step of a plan, ``pipeline`` is the formula for it.
 ``galvatron_files``, ``galvatron_plans`` and ``galvatron_cost`` read the files of the released Galvatron 3 and follow
 its formulas.
 """
@@ -29,9 +30,13 @@ from lightning_hetu.planning.hetu_cost import HetuConstants, HetuCostModel
 from lightning_hetu.planning.layer_strategy import LayerStrategy
 from lightning_hetu.planning.partition import balance_degree, balanced_cut
 from lightning_hetu.planning.plan import HybridPlan, PlanPrediction, RejectedPlan, even_stages
+from lightning_hetu.planning.presets import DevicePreset, cluster_preset, device_preset
 from lightning_hetu.planning.profile import LayerProfile, ModelProfile
 from lightning_hetu.planning.search import evaluate, memory_breakdown, search, time_breakdown
 from lightning_hetu.planning.search_space import Pins
+from lightning_hetu.planning.simulate import simulate, simulate_pipeline
+from lightning_hetu.planning.timeline import Simulation
+from lightning_hetu.planning.topology import Link, Topology
 from lightning_hetu.planning.units import format_bytes, parse_bytes
 
 __all__ = [
@@ -39,6 +44,7 @@ __all__ = [
     "ClusterSpec",
     "CollectiveCost",
     "CostModel",
+    "DevicePreset",
     "GalvatronCostModel",
     "GalvatronProfile",
     "HetuConstants",
@@ -46,15 +52,20 @@ __all__ = [
     "HybridPlan",
     "LayerProfile",
     "LayerStrategy",
+    "Link",
     "ModelProfile",
     "NoFeasiblePlanError",
     "Pins",
     "PlanPrediction",
     "RejectedPlan",
+    "Simulation",
+    "Topology",
     "balance_degree",
     "balanced_cut",
+    "cluster_preset",
     "decision_tree",
     "decision_trees",
+    "device_preset",
     "diff",
     "evaluate",
     "even_stages",
@@ -66,6 +77,8 @@ __all__ = [
     "parse_bytes",
     "read_galvatron_plan",
     "search",
+    "simulate",
+    "simulate_pipeline",
     "solve",
     "time_breakdown",
     "write_galvatron_plan",

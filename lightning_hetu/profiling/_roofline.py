@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import flop_registry
 
-from lightning_hetu.planning.presets import KERNEL_SECONDS, Arithmetic, DevicePreset
+from lightning_hetu.planning.presets import DEVICE_PRESETS, KERNEL_SECONDS, Arithmetic, DevicePreset
 from lightning_hetu.profiling._case import LayerCase, gradient_sink
 
 _aten = torch.ops.aten
@@ -53,6 +53,7 @@ class Roofline(TorchDispatchMode):
         super().__init__()
         self.device = device
         self.seconds = 0.0
+        self.operations = 0.0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -76,14 +77,15 @@ class Roofline(TorchDispatchMode):
             arithmetic = _arithmetic(inputs[0].dtype, convolution=operation in _CONVOLUTIONS)
             attention = "attention" in str(operation)
             rate = self.device.attention_flops if attention else self.device.matmul_flops
-            self.add(operations / rate(arithmetic), moved)
+            self.add(moved, operations, rate(arithmetic))
         else:
-            self.add(0.0, moved)
+            self.add(moved)
         return result
 
-    def add(self, computing: float, num_bytes: float) -> None:
-        """Adds a kernel of so many seconds of arithmetic and so many bytes read and written."""
-        self.seconds += max(computing, num_bytes / self.device.copy_bandwidth) + KERNEL_SECONDS
+    def add(self, num_bytes: float, operations: float = 0.0, rate: float = 1.0) -> None:
+        """Adds a kernel of so many bytes read and written, and so many operations at a rate per second."""
+        self.operations += operations
+        self.seconds += max(operations / rate, num_bytes / self.device.copy_bandwidth) + KERNEL_SECONDS
 
 
 class FusedKernels(TorchFunctionMode):
@@ -165,12 +167,29 @@ def layer_seconds(case: LayerCase, samples: int, device: DevicePreset) -> tuple[
         samples: Number of samples.
         device: The device.
     """
+    forward, both = _run(case, samples, device)
+    return forward[0], both[0] - forward[0]
+
+
+def layer_operations(case: LayerCase, samples: int) -> tuple[float, float]:
+    """Floating-point operations of matrix products and attention in forward and in backward; in fake mode.
+
+    Args:
+        case: The layer.
+        samples: Number of samples.
+    """
+    forward, both = _run(case, samples, next(iter(DEVICE_PRESETS.values())))
+    return forward[1], both[1] - forward[1]
+
+
+def _run(case: LayerCase, samples: int, device: DevicePreset) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Seconds and operations after forward, and after backward."""
     roofline = Roofline(device)
     with case.autocast():
         arguments = case.prepare(samples)
         with FusedKernels(roofline), roofline:
             output = case.call(arguments)
-        forward = roofline.seconds
+        forward = roofline.seconds, roofline.operations
         loss = gradient_sink(output)
     del output, arguments
     if loss is not None:
@@ -178,7 +197,7 @@ def layer_seconds(case: LayerCase, samples: int, device: DevicePreset) -> tuple[
             loss.backward()
     del loss
     case.clear_gradients()
-    return forward, roofline.seconds - forward
+    return forward, (roofline.seconds, roofline.operations)
 
 
 class _Attention(torch.autograd.Function):
@@ -230,7 +249,7 @@ class _RMSNorm(torch.autograd.Function):
         ctx.roofline = roofline
         ctx.save_for_backward(input, weight, scale)
         if roofline is not None:
-            roofline.add(0.0, sum(map(_read, (input, output))))
+            roofline.add(sum(map(_read, (input, output))))
         return output
 
     @staticmethod
@@ -238,7 +257,7 @@ class _RMSNorm(torch.autograd.Function):
         input, weight, _ = ctx.saved_tensors
         made = [None if tensor is None else torch.empty_like(tensor) for tensor in (input, weight)]
         if ctx.roofline is not None:
-            ctx.roofline.add(0.0, sum(map(_read, (input, gradients[0], made[0]))))
+            ctx.roofline.add(sum(map(_read, (input, gradients[0], made[0]))))
         return None, None, *made
 
 
@@ -251,7 +270,7 @@ class _Dropout(torch.autograd.Function):
         ctx.roofline = roofline
         ctx.save_for_backward(mask)
         if roofline is not None:
-            roofline.add(0.0, sum(map(_read, (input, output, mask))))
+            roofline.add(sum(map(_read, (input, output, mask))))
         return output
 
     @staticmethod
@@ -259,7 +278,7 @@ class _Dropout(torch.autograd.Function):
         (mask,) = ctx.saved_tensors
         made = torch.empty_like(gradients[0])
         if ctx.roofline is not None:
-            ctx.roofline.add(0.0, sum(map(_read, (gradients[0], mask, made))))
+            ctx.roofline.add(sum(map(_read, (gradients[0], mask, made))))
         return None, made
 
 
@@ -267,7 +286,7 @@ def _add_attention(roofline: Roofline | None, operations: float, moved: Iterable
     if roofline is not None:
         tensors = [tensor for tensor in moved if tensor is not None]
         rate = roofline.device.attention_flops(_arithmetic(tensors[0].dtype))
-        roofline.add(operations / rate, sum(map(_read, tensors)))
+        roofline.add(sum(map(_read, tensors)), operations, rate)
 
 
 def _arithmetic(dtype: torch.dtype, *, convolution: bool = False) -> Arithmetic:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
-from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_hetu.parallel.structure import ModelStructure
 from lightning_hetu.planning.presets import DEVICE_PRESETS, DevicePreset, device_preset
@@ -25,7 +24,7 @@ from lightning_hetu.profiling._case import LayerCase
 from lightning_hetu.profiling._isolation import autocast_factory
 from lightning_hetu.profiling._measure import layer_profile
 from lightning_hetu.profiling._parts import ModelParts
-from lightning_hetu.profiling._roofline import FusedKernels, layer_seconds
+from lightning_hetu.profiling._roofline import FusedKernels, layer_operations, layer_seconds
 from lightning_hetu.profiling._tensor_parallel import one_of
 from lightning_hetu.profiling._tracker import trace_memory
 from lightning_hetu.profiling.model import checked_sizes, optimizer_state_bytes
@@ -159,14 +158,7 @@ def _roofline_layer(case: LayerCase, device: DevicePreset) -> LayerProfile:
 
 
 def _counted_layer(case: LayerCase, flops_per_second: float) -> LayerProfile:
-    with FlopCounterMode(display=False) as counter:
-        loss = case.forward(case.batch)
-        forward = counter.get_total_flops()
-        if loss is not None:
-            loss.backward()
-        backward = counter.get_total_flops() - forward
-    del loss
-    case.clear_gradients()
+    forward, backward = layer_operations(case, case.batch)
     return layer_profile(
         case,
         points=((case.batch, forward / flops_per_second),),

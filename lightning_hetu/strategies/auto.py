@@ -107,6 +107,11 @@ class AutoHybridParallelStrategy(ModelParallelStrategy):
         self._stop_file: str | None = None
 
     @property
+    def request(self) -> PlanRequest:
+        """What the user asked for."""
+        return self._request
+
+    @property
     def cuts_batches(self) -> bool:
         """Whether loaders yield global batches that are cut here; the opposite of ``use_distributed_sampler=False``."""
         return bool(self._shard_loaders)

@@ -57,7 +57,7 @@ def start_aot(folder: Path, *arguments: str) -> subprocess.Popen[str]:
 
 def finish_aot(folder: Path, process: subprocess.Popen[str]) -> tuple[list[dict[str, Any]], str]:
     """Wait for it; its rows, and what it calls problems."""
-    process.wait(timeout=1200)
+    process.wait(timeout=5400)
     stderr = (folder / "stderr").read_text()
     report = folder / "aot.json"
     assert report.is_file(), stderr[-3000:]
