@@ -26,6 +26,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import lightning_hetu
 from lightning_hetu.parallel.checkpoint import consolidate
+from lightning_hetu.planning.picture import save_picture
 from lightning_hetu.strategies._offline import Target, comparison, plan_offline
 from lightning_hetu.strategies.auto import AutoHybridParallelStrategy
 
@@ -52,6 +53,7 @@ class HetuTrainer(Trainer):
         model: LightningModule,
         datamodule: LightningDataModule | None = None,
         out: str | None = None,
+        picture: str | None = None,
         cluster: str | None = None,
         compare: list[str] | None = None,
         memory_budget: int | str | None = None,
@@ -65,6 +67,7 @@ class HetuTrainer(Trainer):
             model: The module.
             datamodule: Its data.
             out: File to write the plan to, besides ``plan.json`` in the log folder.
+            picture: File to draw the plan in, ``.svg`` or ``.png``.
             cluster: Name of a cluster to plan for instead of this machine: ``2x8xH100-80GB`` is two nodes of eight.
             compare: Names of clusters to show side by side, each optionally with the memory to use of a device:
                 ``[8xA100-80GB, 8xA100-80GB@40GiB, 4xH100-80GB]``.
@@ -80,6 +83,8 @@ class HetuTrainer(Trainer):
                 )
             strategy.stop_after_plan(plan_file=out)
             self.fit(model, datamodule=datamodule)
+            if picture is not None and self.is_global_zero and strategy.plan is not None:
+                save_picture(strategy.plan, picture)
             return
         names = [*([] if cluster is None else [cluster]), *(compare or [])]
         targets = [Target.parse(name, memory_budget) for name in names]
@@ -92,6 +97,8 @@ class HetuTrainer(Trainer):
             print(first.speed())
             if out is not None:
                 first.plan.save(out)
+            if picture is not None:
+                save_picture(first.plan, picture)
         if compare:
             print(comparison(plans))
 

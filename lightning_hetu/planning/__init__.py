@@ -29,6 +29,7 @@ from lightning_hetu.planning.galvatron_plans import read_galvatron_plan, write_g
 from lightning_hetu.planning.hetu_cost import HetuConstants, HetuCostModel
 from lightning_hetu.planning.layer_strategy import LayerStrategy
 from lightning_hetu.planning.partition import balance_degree, balanced_cut
+from lightning_hetu.planning.picture import save_picture
 from lightning_hetu.planning.plan import HybridPlan, PlanPrediction, RejectedPlan, even_stages
 from lightning_hetu.planning.presets import DevicePreset, cluster_preset, device_preset
 from lightning_hetu.planning.profile import LayerProfile, ModelProfile
@@ -76,6 +77,7 @@ __all__ = [
     "memory_breakdown",
     "parse_bytes",
     "read_galvatron_plan",
+    "save_picture",
     "search",
     "simulate",
     "simulate_pipeline",

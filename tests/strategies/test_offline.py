@@ -37,11 +37,12 @@ LARGE = (
 def test_a_model_larger_than_this_machine_is_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """26 billion parameters, of which not one is made."""
     out = tmp_path / "plan.json"
-    plan(tmp_path, *LARGE, "--cluster", "2x8xH100-80GB", "--out", str(out))
+    plan(tmp_path, *LARGE, "--cluster", "2x8xH100-80GB", "--out", str(out), "--picture", str(tmp_path / "plan.svg"))
     text = capsys.readouterr().out
     assert "hybrid-parallel plan for 16 devices" in text
     assert "alternatives" in text
     found = HybridPlan.load(out)
+    assert "16 devices" in (tmp_path / "plan.svg").read_text(encoding="utf-8")
     assert found.world_size == 16 and found.global_batch_size == 64
     assert found.prediction is not None and max(found.prediction.stage_memory) <= 0.9 * 80e9
     (line,) = [line for line in text.splitlines() if line.startswith("2x8xH100-80GB: ")]
