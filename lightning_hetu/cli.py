@@ -54,6 +54,7 @@ class HetuTrainer(Trainer):
         datamodule: LightningDataModule | None = None,
         out: str | None = None,
         picture: str | None = None,
+        explain: bool = False,
         cluster: str | None = None,
         compare: list[str] | None = None,
         memory_budget: int | str | None = None,
@@ -68,6 +69,7 @@ class HetuTrainer(Trainer):
             datamodule: Its data.
             out: File to write the plan to, besides ``plan.json`` in the log folder.
             picture: File to draw the plan in, ``.svg`` or ``.png``.
+            explain: Also show where the time and the memory of every stage go.
             cluster: Name of a cluster to plan for instead of this machine: ``2x8xH100-80GB`` is two nodes of eight.
             compare: Names of clusters to show side by side, each optionally with the memory to use of a device:
                 ``[8xA100-80GB, 8xA100-80GB@40GiB, 4xH100-80GB]``.
@@ -85,6 +87,8 @@ class HetuTrainer(Trainer):
             self.fit(model, datamodule=datamodule)
             if picture is not None and self.is_global_zero and strategy.plan is not None:
                 save_picture(strategy.plan, picture)
+            if explain and strategy.cost_breakdown is not None:
+                print(strategy.cost_breakdown())
             return
         names = [*([] if cluster is None else [cluster]), *(compare or [])]
         targets = [Target.parse(name, memory_budget) for name in names]
@@ -95,6 +99,8 @@ class HetuTrainer(Trainer):
                 raise ValueError(f"cluster={cluster}: {first.error}")
             print(first.plan.explain())
             print(first.speed())
+            if explain and first.breakdown is not None:
+                print(f"\n{first.breakdown()}")
             if out is not None:
                 first.plan.save(out)
             if picture is not None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -23,6 +24,7 @@ from lightning_hetu.planning import (
     format_bytes,
     search,
 )
+from lightning_hetu.planning.breakdown import breakdown
 from lightning_hetu.planning.presets import Arithmetic
 from lightning_hetu.planning.profile import Precision
 from lightning_hetu.planning.units import format_seconds, parse_bytes
@@ -79,6 +81,7 @@ class OfflinePlan:
         model_flops: Floating-point operations of one sample, forward and backward: matrix products, and attention as
             its kernel computes it. Recomputation of layers is not counted.
         peak_flops: Operations per second of one device at most, for this precision.
+        breakdown: Tables of where its time and memory go.
     """
 
     target: Target
@@ -87,6 +90,7 @@ class OfflinePlan:
     tokens_per_sample: int | None
     model_flops: float
     peak_flops: float
+    breakdown: Callable[[], str] | None = None
 
     @property
     def seconds(self) -> float:
@@ -160,7 +164,8 @@ def plan_offline(
             profiles[key] = estimate_model(
                 module, structure, inputs, target, device=device, precision=precision, max_tp=key[1]
             )
-        plan, error = None, None
+        plan, error, tables = None, None, None
+        constants = HetuConstants(accumulates=trainer.accumulate_grad_batches > 1)
         try:
             with ProgressBar(f"searching a plan for {item.name}") as bar:
                 plan = search(
@@ -168,14 +173,16 @@ def plan_offline(
                     cluster,
                     memory_budget=item.memory_budget,
                     global_batch_size=samples,
-                    constants=HetuConstants(accumulates=trainer.accumulate_grad_batches > 1),
+                    constants=constants,
                     progress=lambda done, total, bar=bar: bar(done, total, ""),  # type: ignore[misc]
                     **request.pins,
                 )
+            tables = partial(breakdown, plan, profiles[key], cluster, constants=constants)
         except NoFeasiblePlanError as problem:
             error = str(problem)
         arithmetic: Arithmetic = "float32" if precision == "32-true" else "half"
-        found.append(OfflinePlan(item, plan, error, tokens, _flops_per_sample(counted), device.peak_flops(arithmetic)))
+        operations = _flops_per_sample(counted)
+        found.append(OfflinePlan(item, plan, error, tokens, operations, device.peak_flops(arithmetic), tables))
     return found
 
 

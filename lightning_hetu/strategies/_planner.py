@@ -18,6 +18,7 @@ from lightning_hetu.parallel.data import batch_samples
 from lightning_hetu.parallel.pipeline_mixin import PipelineMixin
 from lightning_hetu.parallel.structure import ModelStructure
 from lightning_hetu.planning import ClusterSpec, HetuConstants, HybridPlan, LayerStrategy, ModelProfile, search
+from lightning_hetu.planning.breakdown import breakdown
 from lightning_hetu.planning.profile import Precision
 from lightning_hetu.planning.units import parse_bytes
 from lightning_hetu.profiling import (
@@ -211,6 +212,7 @@ def make_plan(
             raise ValueError("memory_budget=None, and the device does not tell its memory: give memory_budget='20GiB'.")
         budget = int(cluster.device_memory * 0.9)
     outcome: Any = None
+    constants = HetuConstants(accumulates=trainer.accumulate_grad_batches > 1)
     if strategy.global_rank == 0:
         try:
             with ProgressBar("searching a plan") as bar:
@@ -219,10 +221,11 @@ def make_plan(
                     cluster,
                     memory_budget=budget,
                     global_batch_size=samples,
-                    constants=HetuConstants(accumulates=trainer.accumulate_grad_batches > 1),
+                    constants=constants,
                     progress=lambda done, total: bar(done, total, ""),
                     **request.pins,
                 )
+            strategy.cost_breakdown = partial(breakdown, outcome, profile, cluster, constants=constants)
         except TypeError as error:
             outcome = ValueError(f"pins={request.pins}: {error}.")
         except ValueError as error:  # every rank must end with the same message instead of waiting for rank 0

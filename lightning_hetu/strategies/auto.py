@@ -7,7 +7,7 @@ Lightning's own: a pipelined step computes its gradients early and hands them ov
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -103,6 +103,8 @@ class AutoHybridParallelStrategy(ModelParallelStrategy):
         self._optimizers_of: LightningModule | None = None
         self._sigterm: compat.SigtermWatch | None = None
         self.weights_only: bool | None = None
+        self.cost_breakdown: Callable[[], str] | None = None
+        """Tables of where the time and the memory of a plan that was searched go; on the first rank only."""
         self._stop_after: Literal["plan", "profile"] | None = None
         self._stop_file: str | None = None
 

@@ -17,6 +17,8 @@ from lightning_hetu.planning import (
     memory_breakdown,
     time_breakdown,
 )
+from lightning_hetu.planning.breakdown import breakdown
+from lightning_hetu.planning.units import format_bytes, format_seconds
 
 MIB = 2**20
 NOTHING = LayerProfile("nothing", 0, tp_degrees=(1, 2, 4))
@@ -230,3 +232,22 @@ def test_runtime_overhead_is_paid_per_layer_and_microbatch() -> None:
     plan = HybridPlan.uniform("dp1", num_layers=2, global_batch_size=4, num_microbatches=2)
     extra = evaluate(plan, profile, slow).iteration_time - evaluate(plan, profile, plain).iteration_time
     assert extra == pytest.approx(0.25 * 4 * 2)
+
+
+def test_the_breakdown_adds_up_and_leaves_out_what_is_zero() -> None:
+    """A column per stage; of many stages, the first and the last ones."""
+    block = LayerProfile("block", 8 << 20, forward_time=((1, 0.01),), activation_bytes={1: 1 << 20})
+    profile = ModelProfile((block,), (0,) * 16, block, block)
+    for stages, shown in ((2, [0, 1]), (16, [0, 1, 2, 3, 12, 13, 14, 15])):
+        cluster = ClusterSpec.from_bandwidth(2 * stages, gigabytes_per_second=10)
+        plan = HybridPlan.uniform("dp2-zero3", num_layers=16, global_batch_size=32, num_microbatches=16, stages=stages)
+        prediction = evaluate(plan, profile, cluster)
+        tables = [table.splitlines() for table in breakdown(plan, profile, cluster).split("\n\n")]
+        times, _, sizes = tables
+        assert [cell.strip() for cell in times[0].split(" | ")][1:] == [f"stage {stage}" for stage in shown]
+        totals = [cell.strip() for cell in times[-1].split(" | ")][1:]
+        assert totals == [format_seconds(prediction.stage_times[stage]) for stage in shown]
+        totals = [cell.strip() for cell in sizes[-1].split(" | ")][1:]
+        assert totals == [format_bytes(prediction.stage_memory[stage]) for stage in shown]
+        names = [line.split(" | ")[0].strip() for line in times]
+        assert "parameter gather" in names and "tensor parallel" not in names

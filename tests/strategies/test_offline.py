@@ -37,10 +37,12 @@ LARGE = (
 def test_a_model_larger_than_this_machine_is_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """26 billion parameters, of which not one is made."""
     out = tmp_path / "plan.json"
-    plan(tmp_path, *LARGE, "--cluster", "2x8xH100-80GB", "--out", str(out), "--picture", str(tmp_path / "plan.svg"))
+    files = ("--out", str(out), "--picture", str(tmp_path / "plan.svg"))
+    plan(tmp_path, *LARGE, "--cluster", "2x8xH100-80GB", *files, "--explain", "true")
     text = capsys.readouterr().out
     assert "hybrid-parallel plan for 16 devices" in text
     assert "alternatives" in text
+    assert "bytes at the fullest moment" in text and "seconds of one microbatch" in text
     found = HybridPlan.load(out)
     assert "16 devices" in (tmp_path / "plan.svg").read_text(encoding="utf-8")
     assert found.world_size == 16 and found.global_batch_size == 64
