@@ -4,7 +4,8 @@ Follows the bi-objective search of Galvatron-BMW (arXiv 2307.02031, section 4): 
 time-balanced one, always taking a block from the stage that holds up the step. What we add:
 
 * that stage may hand a block to any stage, not only to its neighbors: the stages in between pass blocks on;
-* the even and the time-balanced cut are starting points too, so the result is never worse than theirs;
+* the even and the time-balanced cut are starting points too, so the result is never worse than theirs, and so is the
+  cut that would be fastest without a memory limit;
 * stages that occur in several cuts are solved once;
 * where there are few cuts, all of them are looked at, most promising first, which is exact.
 """
@@ -90,7 +91,7 @@ class PartitionSearch:
     # ---- starting points --------------------------------------------------------------------------------------------
 
     def starts(self) -> dict[str, Cut]:
-        """The even, the memory-balanced and the time-balanced cut.
+        """The even, the memory-balanced and the time-balanced cut, and the fastest one if there were no memory limit.
 
         Blocks are weighed by the least memory and the least time that any of their options has; memory counts as often
         as a stage holds microbatches.
@@ -100,11 +101,13 @@ class PartitionSearch:
             options = self.variants[0][0]
             seconds = [float(self._plain_table(row, options[row]).cost[:, 0].min()) for row in range(rows)]
             memory = np.array([[self._least_memory(row, stage) for row in range(rows)] for stage in range(stages)])
+            form = self.model.pipeline_form(self.setting)
             bases = [int(self.model.stage_base(stage, self.setting).sum()) for stage in range(stages)]
             self._starts = {
                 "even": self.setting.stages,
                 "memory": _balanced(memory, np.array(bases, dtype=float)),
                 "time": _balanced(np.tile(seconds, (stages, 1)), np.zeros(stages)),
+                "fastest": form.fastest_cut(seconds[1:-1], seconds[0], seconds[-1], stages),
             }
         return self._starts
 
@@ -155,8 +158,29 @@ class PartitionSearch:
             better = found is not None and (best is None or found.key() < best.key())
             idle = 0 if better else idle + 1
             best = found if better else best
-        if best is None and not np.isfinite(incumbent) and not self.exhaustive:
-            return self.cut(self.roomiest()).best(capacity)
+        if self.exhaustive:
+            return best
+        if best is None and not np.isfinite(incumbent):
+            best = self.cut(self.roomiest()).best(capacity)
+        return self._improved(best, capacity) if best is not None else None
+
+    def _improved(self, best: Found, capacity: int) -> Found:
+        """Moves single blocks as long as that makes the plan faster, now by its exact time."""
+        tried = {best.setting.stages}
+        better: Found | None = best
+        while better is not None:
+            best, better = better, None
+            cut = best.setting.stages
+            others = [o for stage in range(len(cut)) for o in neighbors(cut, stage, {stage - 1, stage + 1})]
+            bounds = sorted((self.cut(other).lower_bound(capacity), other) for other in others if other not in tried)
+            for bound, other in bounds:
+                if bound >= best.time * (1 - _TIE):
+                    break
+                tried.add(other)
+                found = self.cut(other).best(capacity, best.time)
+                if found is not None and found.time < best.time * (1 - _TIE):
+                    better = found
+                    break
         return best
 
     def _all(self) -> Iterator[Cut]:

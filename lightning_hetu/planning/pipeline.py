@@ -117,6 +117,42 @@ class PipelineForm:
         ahead = min(num_stages - 1 - stage, self.num_microbatches - 1)
         return float(self.num_microbatches - ahead), self.forward_share * ahead, (1 - self.forward_share) * ahead
 
+    def fastest_cut(self, seconds: Sequence[float], first: float, last: float, num_stages: int) -> tuple[int, ...]:
+        """The cut of the fastest step for blocks of given times, by dynamic programming over stages from the last one.
+
+        Args:
+            seconds: Seconds of one microbatch in each block.
+            first: Seconds of what the first stage has besides.
+            last: Seconds of what the last stage has besides.
+            num_stages: ``P``, at most the number of blocks.
+        """
+        blocks = len(seconds)
+        sums = np.concatenate([[0.0], np.cumsum(seconds)])
+        behind = sums[-1] - sums + last  # of the blocks from each one on, and the last row
+        behind[-1] = 0.0
+        # best[a]: from the first forward to the last backward of stages that hold all blocks from a on
+        best = np.full(blocks + 1, np.inf)
+        best[-1] = 0.0
+        empty = np.tri(blocks + 1, dtype=bool)
+        ends = []
+        for stage in reversed(range(num_stages)):
+            own = sums[None, :] - sums[:, None] + (first if stage == 0 else 0.0)
+            own[:, -1] += last
+            if self.schedule == "gpipe":
+                total = np.maximum(own, best[None])
+            else:
+                base, *shares = self._shares(stage, num_stages)
+                waits = sum(np.maximum(share * own, behind[None]) for share in shares)
+                total = np.maximum(base * own + waits, own + best[None])
+            total[empty] = np.inf
+            ends.append(total.argmin(axis=1))
+            best = total.min(axis=1)
+        cut, start = [], 0
+        for end in reversed(ends):
+            cut.append(int(end[start]) - start)
+            start = int(end[start])
+        return tuple(cut)
+
     # ---- bounds -----------------------------------------------------------------------------------------------------
 
     def demands(self, least: StageBound, num_stages: int) -> list[Demand]:

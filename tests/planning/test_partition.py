@@ -213,3 +213,35 @@ def test_a_number_of_stages_leaves_the_cut_free() -> None:
     options = {"memory_budget": "40GiB", "global_batch_size": 8, "num_microbatches": 4}
     assert search(profile, cluster, stages=2, **options).stages == (5, 11)
     assert search(profile, cluster, stages=[8, 8], **options).stages == (8, 8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bandwidth", [3, 20])
+@pytest.mark.parametrize("order", [(0,) * 24, HEAVY_FIRST * 2], ids=["one type", "two types"])
+def test_more_memory_is_never_slower_and_no_space_is_faster(order: tuple[int, ...], bandwidth: int) -> None:
+    """With the cut free, and too many cuts to look at all of them."""
+    profile, cluster = two_types(order), ClusterSpec.from_bandwidth(8, gigabytes_per_second=bandwidth)
+    spaces: dict[str, dict[str, object]] = {
+        "data parallel": {"pipeline_parallel_size": 1, "dp_type": "ddp"},
+        "sharded data parallel": {"pipeline_parallel_size": 1, "dp_type": "zero3"},
+        "pipeline": {"pipeline_parallel_size": 8},
+        "two stages": {"pipeline_parallel_size": 2},
+        "even stages": {"stages": [len(order) // 4] * 4},
+    }
+    before = np.inf
+    for mebibytes in (1500, 2000, 2500, 3000, 4000, 6000, 9000, 15000):
+        options = {"memory_budget": mebibytes * MIB, "global_batch_size": 32, "alternatives": False}
+        try:
+            found = search(profile, cluster, **options).prediction
+        except NoFeasiblePlanError:
+            assert before == np.inf
+            continue
+        assert found is not None and found.iteration_time <= before * (1 + 1e-9)
+        before = found.iteration_time
+        for name, pins in spaces.items():
+            try:
+                other = search(profile, cluster, **options, **pins).prediction
+            except NoFeasiblePlanError:
+                continue
+            assert other is not None and before <= other.iteration_time * (1 + 1e-9), name
+    assert before < np.inf

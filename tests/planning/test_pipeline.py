@@ -8,6 +8,7 @@ import random
 import pytest
 
 from lightning_hetu.planning.dynamic_programming import StageChoice
+from lightning_hetu.planning.partition import all_cuts
 from lightning_hetu.planning.pipeline import PipelineForm, stage_supports
 from lightning_hetu.planning.simulate import simulate_pipeline
 
@@ -108,3 +109,23 @@ def test_the_combination_is_the_best_of_all() -> None:
         assert found[0] == pytest.approx(min(everything)[0])
         assert form.step_time([p.cost[0] for p in found[1]], [p.cost[1] for p in found[1]]) == pytest.approx(found[0])
         assert form.combine(fronts, incumbent=found[0] * 0.99) is None
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_fastest_cut_is_the_best_of_all(seed: int) -> None:
+    rng = random.Random(seed)
+    stages = rng.randint(1, 4)
+    form = PipelineForm(rng.randint(stages, 4 * stages), rng.choice(("1f1b", "gpipe")), rng.uniform(0.25, 0.4))
+    blocks = [rng.choice((1.0, 3.0)) * rng.uniform(0.9, 1.1) for _ in range(rng.randint(stages, 8))]
+    first, last = rng.uniform(0, 2), rng.uniform(0, 2)
+
+    def time(cut: tuple[int, ...]) -> float:
+        ends = [0, *itertools.accumulate(cut)]
+        seconds = [sum(blocks[a:b]) for a, b in itertools.pairwise(ends)]
+        seconds[0] += first
+        seconds[-1] += last
+        return form.step_time(seconds, [0.0] * stages)
+
+    found = form.fastest_cut(blocks, first, last, stages)
+    assert sum(found) == len(blocks) and min(found) >= 1
+    assert time(found) == pytest.approx(min(map(time, all_cuts(len(blocks), stages))))
