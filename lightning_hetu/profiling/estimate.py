@@ -129,7 +129,7 @@ def _target_device(
 def _roofline_layer(case: LayerCase, device: DevicePreset) -> LayerProfile:
     """The layer on a described device, for the same numbers of samples that a measured one has."""
     times: dict[int, tuple[float, float]] = {}
-    for samples in checked_sizes(None, case.batch, 1):
+    for samples in sorted({*checked_sizes(None, case.batch, 1), case.batch}):
         try:
             times[samples] = layer_seconds(case, samples, device)
         except ValueError as error:

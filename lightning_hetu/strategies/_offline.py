@@ -152,7 +152,9 @@ def plan_offline(
         inputs, target = pipeline_example(module, batch)
     inputs, target = (_rows(value, min(samples, _ESTIMATED_SAMPLES)) for value in (inputs, target))
     tokens = inputs.shape[1] if inputs.ndim == 2 and not inputs.is_floating_point() else None
-    precision = cast(Precision, trainer.strategy.precision_plugin.precision)
+    plugin = trainer.strategy.precision_plugin
+    precision = cast(Precision, plugin.precision)
+    module = cast(LightningModule, plugin.convert_module(module))  # to half precision, where all of it is
     counted = estimate_model(module, structure, inputs, target, flops_per_second=1.0, precision=precision)
     profiles: dict[tuple[str, int], ModelProfile] = {}
     found = []

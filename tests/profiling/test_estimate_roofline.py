@@ -248,3 +248,11 @@ def test_errors() -> None:
         estimated(gpt(), device="cpu")
     with pytest.raises(ValueError, match="device='H900': expected one of A100-40GB"):
         estimated(gpt(), device="H900")
+
+
+def test_a_batch_that_is_no_power_of_two_is_estimated() -> None:
+    """The batch itself is one of the sizes, also below the largest power of two that is tried."""
+    model = GPTLightningModule(64, max_seq_len=16, num_layers=2, num_heads=2, dim=32)
+    tokens = torch.zeros(3, 16, dtype=torch.int64)
+    profile = estimate_model(model, find_structure(model), tokens, tokens, device="H100-80GB")
+    assert [samples for samples, _ in profile.block(0).forward_time] == [1, 2, 3, 4]

@@ -173,9 +173,9 @@ def _default_tiles(kernel: str, size: int, dtype: torch.dtype, arch: str, heavy:
     if dtype == torch.float32:
         if kernel == "varlen_bwd_dkv":
             return (16, 32, 8, 1) if size == 256 else (32, 16, 8, 1)
-        if size == 64:
-            return 32, 32, 8, 1
-        return (32, 16, 8, 1) if kernel == "varlen_bwd_dbias" and size == 128 else (16, 32, 8, 1)
+        if kernel == "varlen_bwd_dbias" and size <= 128:
+            return 32, 16, 8, 1
+        return (32, 32, 8, 1) if size == 64 else (16, 32, 8, 1)
     if kernel == "varlen_bwd_dbias":
         return (64, 64, 8, 1) if size <= 128 else (16, 32, 8, 1)
     if arch.startswith("gfx"):  # 512 registers a thread with 4 warps, 256 with 8
