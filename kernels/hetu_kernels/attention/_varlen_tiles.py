@@ -159,7 +159,7 @@ def default_config(kernel: str, block_d: int, dtype: torch.dtype, arch: str, *, 
         m, n, warps, stages = _default_tiles(kernel, max(64, block_d), dtype, arch, heavy)
         if padded:  # the masks of columns take registers
             if kernel == "varlen_bwd_dkv":
-                stages = 1
+                n, stages = (min(n, 64) if arch == "sm_90" else n), 1
             elif kernel == "varlen_fwd" and heavy:
                 n = min(n, 32)
         config = Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=stages)
@@ -197,7 +197,7 @@ def _default_tiles(kernel: str, size: int, dtype: torch.dtype, arch: str, heavy:
             ("varlen_fwd", 256): (32, 32, 8, 1),
             ("varlen_bwd_dkv", 64): (32, 128, 8, 1),
             ("varlen_bwd_dkv", 128): (16, 64, 8, 1),
-            ("varlen_bwd_dkv", 256): (32, 32, 4, 1),
+            ("varlen_bwd_dkv", 256): (64, 16, 8, 1),
             ("varlen_bwd_dq", 64): (64, 32, 8, 1),
             ("varlen_bwd_dq", 128): (64, 32, 8, 1),
             ("varlen_bwd_dq", 256): (32, 32, 8, 1),
@@ -212,9 +212,9 @@ def _default_tiles(kernel: str, size: int, dtype: torch.dtype, arch: str, heavy:
         ("varlen_fwd", 64): (128, 64, 4, 3),
         ("varlen_fwd", 128): (128, 64, 8, 3),
         ("varlen_fwd", 256): (64, 32, 8, 2),
-        ("varlen_bwd_dkv", 64): (64, 128, 8, 2),
+        ("varlen_bwd_dkv", 64): (32, 128, 8, 2),
         ("varlen_bwd_dkv", 128): (32, 128, 8, 2),
-        ("varlen_bwd_dkv", 256): (16, 64, 8, 1),
+        ("varlen_bwd_dkv", 256): (64, 32, 8, 1),
         ("varlen_bwd_dq", 64): (128, 64, 8, 2),
         ("varlen_bwd_dq", 128): (128, 64, 8, 2),
         ("varlen_bwd_dq", 256): (64, 16, 8, 2),
