@@ -10,6 +10,7 @@ from lightning_hetu.planning.hetu_cost import HetuConstants
 from lightning_hetu.planning.plan import HybridPlan
 from lightning_hetu.planning.profile import ModelProfile
 from lightning_hetu.planning.search import CostModelName, build_cost_model, memory_breakdown, time_breakdown
+from lightning_hetu.planning.tables import text_table
 from lightning_hetu.planning.units import format_bytes, format_seconds
 
 _SHOWN_STAGES = 8
@@ -69,6 +70,4 @@ def _table(
             shown = name.removesuffix("_per_step").replace("_", " ")
             lines.append([shown, *(text(value) if value else "-" for value in values)])
     lines.append(["total", *(text(sum(part.get(name, 0.0) for name in names)) for part in parts)])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    rows = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([rows[0], "-+-".join("-" * width for width in widths), *rows[1:]])
+    return text_table(lines)

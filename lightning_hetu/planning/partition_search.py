@@ -4,8 +4,9 @@ Follows the bi-objective search of Galvatron-BMW (arXiv 2307.02031, section 4): 
 time-balanced one, always taking a block from the stage that holds up the step. What we add:
 
 * that stage may hand a block to any stage, not only to its neighbors: the stages in between pass blocks on;
-* the even and the time-balanced cut are starting points too, so the result is never worse than theirs, and so is the
-  cut that would be fastest without a memory limit;
+* the even cut is always solved, so the result is never worse than its; the time-balanced cut and the one that would be
+  fastest without a memory limit are starting points too;
+* the found cut is improved by moving single blocks, judged by exact times;
 * stages that occur in several cuts are solved once;
 * where there are few cuts, all of them are looked at, most promising first, which is exact.
 """

@@ -10,8 +10,11 @@ least ::
 
 if a third of its time is forward; the step takes the most that any stage asks for. The once-per-step work of the
 stages adds up: parameters are gathered in the first forward of a stage, for which the next stage waits, and gradients
-are reduced in its last backward, for which the stage in front waits. :mod:`~lightning_hetu.planning.simulate` plays the
-same step event by event; the two agree to 3 percent.
+are reduced in its last backward, for which the stage in front waits.
+
+:mod:`~lightning_hetu.planning.simulate` plays the same step event by event. Of the plans that a search finds for 120
+random models, 118 are within 3 percent of it, and the worst is 3.8 percent too short: the share of forward is one
+number here, while it differs between stages.
 """
 
 from __future__ import annotations

@@ -88,17 +88,16 @@ class Prices:
         self.model = model
         everything: dict[tuple[LayerStrategy, ...], tuple[LayerStrategy, ...]] = {}
         rows = [tuple(pins.options(model, row, setting)) for row in range(setting.num_rows)]
-        # Equal options are one object, so that prices can be looked up by identity.
-        self.options = [everything.setdefault(options, options) for options in rows]
         self.variants: list[tuple[list[tuple[LayerStrategy, ...]], int]] = []
         for restriction in model.restrictions(setting):
-            allowed = [tuple(s for s in row if restriction.allows(s)) for row in self.options]
+            allowed = [tuple(s for s in row if restriction.allows(s)) for row in rows]
             choices = [allowed]
             if not model.split_vocab:
                 shared = [strategy for strategy in allowed[0] if strategy in allowed[-1]]
                 choices = [[(strategy,), *allowed[1:-1], (strategy,)] for strategy in shared]
             for choice in choices:
                 if all(choice):
+                    # Equal options are one object, so that prices can be looked up by identity.
                     same = [everything.setdefault(options, options) for options in choice]
                     self.variants.append((same, int(restriction.base.sum())))
         self._tables: dict[Hashable, RowTable] = {}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from lightning_hetu.planning.schedules import Action
+from lightning_hetu.planning.tables import text_table
 from lightning_hetu.planning.units import format_bytes, format_seconds
 
 Stream = Literal["compute", "tensor_parallel", "data_parallel", "receive", "send"]
@@ -275,11 +276,7 @@ class Simulation:
             )
             for stage, (busy, bubble) in enumerate(zip(self.busy_seconds, self.bubble_fractions, strict=True))
         ]
-        widths = [max(map(len, column)) for column in zip(_HEADINGS, *cells, strict=True)]
-        table = [_HEADINGS, *cells]
-        rows = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in table]
-        rows.insert(1, "-+-".join("-" * width for width in widths))
-        return "\n".join([*lines, "", *(row.rstrip() for row in rows)])
+        return "\n".join([*lines, "", text_table([_HEADINGS, *cells])])
 
 
 def _metadata(name: str, process: int, args: dict[str, Any], thread: int = 0) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from lightning_hetu.planning import (
 from lightning_hetu.planning.breakdown import breakdown
 from lightning_hetu.planning.presets import Arithmetic
 from lightning_hetu.planning.profile import Precision
+from lightning_hetu.planning.tables import text_table
 from lightning_hetu.planning.units import format_seconds, parse_bytes
 from lightning_hetu.profiling import ProgressBar, estimate_model
 from lightning_hetu.strategies import _lightning_compat as compat
@@ -231,9 +232,7 @@ def comparison(plans: Sequence[OfflinePlan]) -> str:
                 _in_short(item.plan),
             )
         )
-    widths = [max(len(row[i]) for row in (heads, *rows)) for i in range(len(heads))]
-    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (heads, *rows)]
-    return "\n".join(line.rstrip() for line in (lines[0], "-+-".join("-" * width for width in widths), *lines[1:]))
+    return text_table([heads, *rows])
 
 
 def _needed(item: OfflinePlan) -> str:
