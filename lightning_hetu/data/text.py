@@ -11,14 +11,13 @@ from lightning.pytorch import LightningDataModule
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torch.utils.data.distributed import DistributedSampler
 
 from lightning_hetu.data.bigram import bigram_loss
 from lightning_hetu.data.corpus import read_corpus
+from lightning_hetu.data.loaders import global_batches
 from lightning_hetu.data.token_cache import TokenizedText, cache_key, default_cache_dir, load_or_build
 from lightning_hetu.data.tokenizer import BPETokenizer, CharTokenizer, Tokenizer
 from lightning_hetu.data.windows import TokenWindows, spread_starts, strided_starts
-from lightning_hetu.parallel.resumable import ResumableDataLoader
 
 _Loader = DataLoader[tuple[Tensor, Tensor]]
 _TOKENIZERS: dict[str, type[CharTokenizer | BPETokenizer]] = {"char": CharTokenizer, "bpe": BPETokenizer}
@@ -195,34 +194,14 @@ class TextDataModule(LightningDataModule):
         return self._loader(self.test_dataset, shuffle=False, drop_last=False)
 
     def _loader(self, dataset: TokenWindows, shuffle: bool, drop_last: bool) -> _Loader:
-        """This process's share of the global batches.
-
-        The sampler deals every global batch out among the strategy's data-parallel processes. It is here on a single
-        device too (as one of one): Lightning would shuffle differently there than on several.
-        """
-        trainer = self.trainer
-        shares = {} if trainer is None else (trainer.distributed_sampler_kwargs or {})
-        num_replicas = int(shares.get("num_replicas", 1))
-        if self.batch_size % num_replicas:
-            raise ValueError(
-                f"batch_size={self.batch_size} is the global batch size, and {num_replicas} data-parallel processes"
-                " cannot share it evenly: use a multiple."
-            )
-        sampler: DistributedSampler[tuple[Tensor, Tensor]] = DistributedSampler(
+        return global_batches(
             dataset,
-            num_replicas=num_replicas,
-            rank=int(shares.get("rank", 0)),
+            self.trainer,
+            batch_size=self.batch_size,
             shuffle=shuffle,
+            drop_last=drop_last,
             seed=self.seed,
-            drop_last=drop_last,
-        )
-        return ResumableDataLoader(
-            dataset,
-            batch_size=self.batch_size // num_replicas,
-            sampler=sampler,
-            drop_last=drop_last,
             num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
         )
 
     def _val_tokens(self) -> NDArray[np.integer]:

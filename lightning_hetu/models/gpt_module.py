@@ -6,22 +6,16 @@ every other strategy runs it as it stands.
 
 from __future__ import annotations
 
-import math
-from functools import partial
-from typing import Literal
-
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn import functional as F
-from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_hetu.models.gpt import GPT, GPTConfig
+from lightning_hetu.models.optimization import LearningRateSchedule, TrainedByAdamW
 from lightning_hetu.parallel.pipeline_mixin import PipelineMixin
 
 
-class GPTLightningModule(PipelineMixin, LightningModule):
+class GPTLightningModule(PipelineMixin, TrainedByAdamW):
     """Trains a small GPT to predict the next token.
 
     Logs ``train_loss``, ``val_loss`` and ``test_loss`` in nats per token. With a datamodule that knows its
@@ -68,20 +62,12 @@ class GPTLightningModule(PipelineMixin, LightningModule):
         learning_rate: float = 2e-3,
         betas: tuple[float, float] = (0.9, 0.95),
         weight_decay: float = 0.1,
-        lr_schedule: Literal["cosine", "constant"] = "cosine",
+        lr_schedule: LearningRateSchedule = "cosine",
         warmup_steps: int = 20,
         total_steps: int | None = None,
         min_lr_ratio: float = 0.1,
     ) -> None:
-        super().__init__()
-        if learning_rate <= 0:
-            raise ValueError(f"learning_rate={learning_rate}: expected a positive number.")
-        if lr_schedule not in ("cosine", "constant"):
-            raise ValueError(f"lr_schedule={lr_schedule!r}: expected 'cosine' or 'constant'.")
-        if warmup_steps < 0:
-            raise ValueError(f"warmup_steps={warmup_steps}: expected zero or more.")
-        if total_steps is not None and total_steps < 1:
-            raise ValueError(f"total_steps={total_steps}: expected at least 1, or nothing to take the Trainer's.")
+        super().__init__(learning_rate, betas, weight_decay, lr_schedule, warmup_steps, total_steps, min_lr_ratio)
         self.save_hyperparameters()
         self.model = GPT(
             GPTConfig(
@@ -95,13 +81,6 @@ class GPTLightningModule(PipelineMixin, LightningModule):
                 norm_eps=norm_eps,
             )
         )
-        self.learning_rate = learning_rate
-        self.betas = betas
-        self.weight_decay = weight_decay
-        self.lr_schedule = lr_schedule
-        self.warmup_steps = warmup_steps
-        self.total_steps = total_steps
-        self.min_lr_ratio = min_lr_ratio
 
     def setup(self, stage: str) -> None:
         """Compare the model's sizes with those of the datamodule, before anything is computed.
@@ -160,24 +139,6 @@ class GPTLightningModule(PipelineMixin, LightningModule):
         log_probabilities = self(tokens).float().log_softmax(dim=-1)
         return log_probabilities.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW, and a learning rate that is set anew at every optimizer step."""
-        decayed = [parameter for parameter in self.parameters() if parameter.ndim >= 2]
-        kept = [parameter for parameter in self.parameters() if parameter.ndim < 2]
-        groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": kept, "weight_decay": 0.0}]
-        # A pipeline stage may hold no norm at all; its groups must still be those of the other stages.
-        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas)
-        factor = partial(
-            learning_rate_factor,
-            warmup_steps=self.warmup_steps,
-            total_steps=self._cosine_steps(),
-            min_ratio=self.min_lr_ratio,
-        )
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"},
-        }
-
     def example_batch(self, batch_size: int) -> tuple[Tensor, Tensor]:
         """Random tokens of the model's full context length, to measure time and memory with.
 
@@ -195,40 +156,4 @@ class GPTLightningModule(PipelineMixin, LightningModule):
     def _evaluate(self, stage: str, batch: tuple[Tensor, Tensor]) -> None:
         tokens, targets = batch
         loss = self.pipeline_step(tokens, targets)
-        log = partial(self.log, on_epoch=True, sync_dist=True, batch_size=len(tokens))
-        log(f"{stage}_loss", loss, prog_bar=True)
-        datamodule = getattr(self.trainer, "datamodule", None)
-        characters_per_token = getattr(datamodule, "characters_per_token", None)
-        if characters_per_token:
-            log(f"{stage}_loss_per_character", loss / characters_per_token)
-        bigram_loss = getattr(datamodule, "bigram_loss_per_character", None)
-        if bigram_loss:
-            log("bigram_loss_per_character", bigram_loss)
-
-    def _cosine_steps(self) -> int | None:
-        """Optimizer steps at which the cosine ends; ``None`` to hold the learning rate after the warmup."""
-        if self.lr_schedule == "constant":
-            return None
-        if self.total_steps is not None:
-            return self.total_steps
-        if self._trainer is None:
-            return None
-        estimated = self.trainer.estimated_stepping_batches
-        return int(estimated) if math.isfinite(estimated) else None
-
-
-def learning_rate_factor(step: int, warmup_steps: int, total_steps: int | None, min_ratio: float) -> float:
-    """What the highest learning rate is multiplied by: a linear rise, then half a cosine down to ``min_ratio``.
-
-    Args:
-        step: Optimizer steps made so far.
-        warmup_steps: Steps of the rise; the first step already learns.
-        total_steps: Step at which ``min_ratio`` is reached; ``None`` stays at 1 after the rise.
-        min_ratio: Where the cosine ends.
-    """
-    if step < warmup_steps:
-        return (step + 1) / (warmup_steps + 1)
-    if total_steps is None:
-        return 1.0
-    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-    return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+        self.log_evaluation(stage, loss, len(tokens))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from lightning_hetu.parallel.recompute import apply_recompute
 from lightning_hetu.parallel.relayout import relayout
 from lightning_hetu.parallel.shard import apply_data_parallel, sum_gradients
 from lightning_hetu.parallel.stage import StageModule, boundary_dp
-from lightning_hetu.parallel.structure import ModelStructure, tensor_parallel_plan
+from lightning_hetu.parallel.structure import ModelStructure, outside_tensor_parallel_plan, tensor_parallel_plan
 from lightning_hetu.parallel.tensor import apply_tensor_parallel
 from lightning_hetu.planning.layer_strategy import LayerStrategy
 from lightning_hetu.planning.plan import HybridPlan
@@ -43,16 +43,21 @@ def check_plan_fits_model(plan: HybridPlan, structure: ModelStructure, root: nn.
     check_parameters(structure, root)
     for field, name in structure.rows():
         strategy = dict(plan.rows())[field]
-        if strategy.tp > 1 and structure.pipeline and not tensor_parallel_plan(root, name):
+        if strategy.tp > 1 and name is not None and structure.pipeline and not tensor_parallel_plan(root, name):
             raise ValueError(
                 f"plan.{field}={strategy}, but {name} declares no tensor_parallel_plan: use tp1 for it, or declare one."
             )
     for field, strategy in (("embedding", plan.embedding), ("head", plan.head)):
         if strategy.recompute:
             raise ValueError(f"plan.{field}={strategy}: only blocks can be recomputed.")
-    if structure.pipeline:
+    if structure.trace is not None and plan.embedding.tp > 1 and not outside_tensor_parallel_plan(root, structure):
+        raise ValueError(
+            f"plan.embedding={plan.embedding}: {type(root).__name__} has no tensor-parallel plan for what is outside of"
+            " its blocks, or ties its weights; use tp1."
+        )
+    if structure.pipeline and structure.trace is None:
         return
-    if plan.pipeline_parallel_size > 1 or plan.num_microbatches > 1:
+    if not structure.pipeline and (plan.pipeline_parallel_size > 1 or plan.num_microbatches > 1):
         raise ValueError(
             f"plan has {plan.pipeline_parallel_size} stages and {plan.num_microbatches} microbatches, but"
             f" {type(root).__name__} has no pipeline support: derive it from PipelineMixin, or pin"
@@ -61,7 +66,7 @@ def check_plan_fits_model(plan: HybridPlan, structure: ModelStructure, root: nn.
     if plan.embedding != plan.head:
         raise ValueError(
             f"plan.embedding={plan.embedding} and plan.head={plan.head} must be the same for {type(root).__name__}:"
-            " without pipeline support everything outside the blocks is one unit."
+            " it runs its own forward, and everything outside the blocks is one unit."
         )
 
 
@@ -79,12 +84,15 @@ def check_parameters(structure: ModelStructure, root: nn.Module) -> None:
             " can be parallelized only once. Give every position a module of its own."
         )
     units = tuple(name for _, name in structure.rows() if name is not None)
+    if structure.trace is not None:
+        units = (*structure.blocks, str(structure.model))  # what a model has outside of its blocks may be tied
     owners: dict[nn.Parameter, tuple[str | None, str]] = {}
     for name, parameter in root.named_parameters(remove_duplicate=False):
         unit = next((unit for unit in units if name.startswith(f"{unit}.")), None)
         if unit is None and structure.pipeline and parameter.requires_grad:
+            parts = structure.model or f"{structure.embedding}, the blocks and {structure.head}"
             raise ValueError(
-                f"parameter {name!r} lies outside of {structure.embedding!r}, the blocks and {structure.head!r}: no"
+                f"parameter {name!r} lies outside of {parts}: no"
                 " pipeline stage would train it. Move it into one of them."
             )
         other, first = owners.setdefault(parameter, (unit, name))
@@ -125,7 +133,7 @@ def build_stage(root: nn.Module, structure: ModelStructure, plan: HybridPlan, me
     everything = (structure.embedding, *structure.blocks, structure.head)
     removed = RemovedLayers(root, [name for name in everything if name not in keep])
     for name, strategy in names:
-        _parallelize(root, name, strategy, mesh)
+        parallelize(root, name, strategy, mesh)
     stage = StageModule(
         layers,
         mesh,
@@ -145,16 +153,21 @@ class RemovedLayers:
     Args:
         root: The whole model.
         names: Full names of the layers. They are moved to the meta device, where they take no memory.
+        stand_in: Makes of each layer what takes its place; by default nothing does.
     """
 
-    def __init__(self, root: nn.Module, names: list[str]) -> None:
+    def __init__(
+        self, root: nn.Module, names: list[str], stand_in: Callable[[nn.Module], nn.Module] | None = None
+    ) -> None:
         self.parents: dict[nn.Module, dict[str, nn.Module | None]] = {}
         for name in names:
             parent_name, _, child = name.rpartition(".")
             parent = root.get_submodule(parent_name)
             self.parents.setdefault(parent, dict(parent._modules))
-            root.get_submodule(name).to("meta")
-            if isinstance(parent, nn.ModuleList | nn.ModuleDict | nn.Sequential):
+            layer = root.get_submodule(name).to("meta")
+            if stand_in is not None:
+                parent._modules[child] = stand_in(layer)
+            elif isinstance(parent, nn.ModuleList | nn.ModuleDict | nn.Sequential):
                 del parent._modules[child]  # not delattr: it would renumber, and names must stay those of the whole
             else:
                 setattr(parent, child, None)
@@ -197,7 +210,7 @@ def build_module(root: nn.Module, structure: ModelStructure, plan: HybridPlan, m
     wrapper = ModuleRoot(root)
     current = outside.dp
     for name, strategy in zip(structure.blocks, plan.layers, strict=True):
-        _parallelize(root, name, strategy, mesh)
+        parallelize(root, name, strategy, mesh)
         if {current, strategy.dp} != {outside.dp}:
             hook = partial(_relayout_inputs, wrapper, mesh, (current, outside.dp), strategy.dp, name)
             root.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
@@ -209,7 +222,8 @@ def build_module(root: nn.Module, structure: ModelStructure, plan: HybridPlan, m
     return wrapper
 
 
-def _parallelize(root: nn.Module, name: str, strategy: LayerStrategy, mesh: PlanMesh) -> None:
+def parallelize(root: nn.Module, name: str, strategy: LayerStrategy, mesh: PlanMesh) -> None:
+    """Applies one row of a plan to the layer ``name``: tensor parallelism, recomputation, data parallelism."""
     layer = root.get_submodule(name)
     layout = mesh.layout(strategy.dp, strategy.tp)
     if strategy.tp > 1:

@@ -37,7 +37,11 @@ def clip_gradients_by_norm(
     device = next((p.grad.device for ps in groups.values() for p in ps if p.grad is not None), torch.device("cpu"))
     total = torch.zeros((), dtype=torch.float32, device=device)
     for members in groups.values():
-        norm = get_total_norm([p.grad for p in members if p.grad is not None])
+        # A copy of a parameter that an earlier stage has too counts there.
+        own = [p.grad for p in members if p.grad is not None and not hasattr(p, "_hetu_copy")]
+        if not own:
+            continue
+        norm = get_total_norm(own)
         full = norm.full_tensor() if isinstance(norm, DTensor) else norm
         total += full.float() ** 2
     if pipeline_group is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -13,6 +14,7 @@ from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 
 from lightning_hetu.parallel.batch import evaluation_microbatches, finer_rows, local_dp, training_microbatches
+from lightning_hetu.parallel.forward_stage import ForwardStage
 from lightning_hetu.parallel.gradients import HeldGradients, loss_that_releases
 from lightning_hetu.parallel.mesh import PlanMesh
 from lightning_hetu.parallel.pipeline_mixin import PipelineMixin
@@ -37,7 +39,12 @@ class PipelineExecutor:
     """
 
     def __init__(
-        self, module: PipelineMixin, stage: StageModule, plan: HybridPlan, mesh: PlanMesh, device: torch.device
+        self,
+        module: PipelineMixin,
+        stage: StageModule | ForwardStage,
+        plan: HybridPlan,
+        mesh: PlanMesh,
+        device: torch.device,
     ) -> None:
         self.module = module
         self.stage = stage
@@ -76,7 +83,15 @@ class PipelineExecutor:
         if self.mesh.is_last_stage:
             target = self._cut(target, self.plan.head.dp, microbatches)
         self._loss_scale = self._scale_of_loss(target, microbatches)
-        schedule = self._schedule(inputs, microbatches, training=training, with_loss=True)
+        schedule = self._schedule(tuple(inputs.shape), microbatches, training=training, with_loss=True)
+
+        def run(losses: list[Tensor]) -> None:
+            self._outputs = self._run(schedule, inputs, target, losses, training=training, keep_outputs=keep_outputs)
+
+        return self._loss_of(run, training)
+
+    def _loss_of(self, run: Callable[[list[Tensor]], None], training: bool) -> Tensor:
+        """Runs a schedule, which adds to a list of losses, and keeps its gradients until they are asked for."""
         losses: list[Tensor] = []
         held = HeldGradients(self.stage.parameters())
         if training:
@@ -85,20 +100,27 @@ class PipelineExecutor:
                     parameter.grad = None
                 self._window_ended = False
             held.set_aside()
-        self._outputs = self._run(schedule, inputs, target, losses, training=training, keep_outputs=keep_outputs)
+        run(losses)
         loss = self._sum_over_world(losses)
         if not training:
             return loss
+        self._complete_gradients()
         held.hold()
         return loss_that_releases(loss, held)
+
+    def _complete_gradients(self) -> None:
+        """What is left to do for gradients when the schedule has ended."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Head output for the rows of this rank's head layout, in every stage; without gradients."""
         microbatches = self._microbatches(len(inputs), training=False)
         if self.mesh.is_first_stage:
             inputs = self._cut(inputs, self.plan.embedding.dp, microbatches)
-        schedule = self._schedule(inputs, microbatches, training=False, with_loss=False)
-        output = self._run(schedule, inputs, None, None, training=False, keep_outputs=True)
+        schedule = self._schedule(tuple(inputs.shape), microbatches, training=False, with_loss=False)
+        return self._to_all_stages(self._run(schedule, inputs, None, None, training=False, keep_outputs=True))
+
+    def _to_all_stages(self, output: Tensor | None) -> Tensor:
+        """Tells all stages what the last one has."""
         if self.plan.pipeline_parallel_size == 1:
             assert output is not None
             return output
@@ -147,10 +169,10 @@ class PipelineExecutor:
         return loss * self._loss_scale if weight is None else loss * (weight * self._loss_scale)
 
     def _schedule(
-        self, inputs: Tensor, microbatches: int, *, training: bool, with_loss: bool
+        self, shapes: tuple[Any, ...], microbatches: int, *, training: bool, with_loss: bool
     ) -> PipelineScheduleSingle:
         """A schedule for these shapes: stages exchange shapes when a schedule first runs, and keep to them."""
-        key = (tuple(inputs.shape), microbatches, training, with_loss, self.stage.autocast_dtype)
+        key = (shapes, microbatches, training, with_loss, self.stage.autocast_dtype)
         if key not in self._schedules:
             stage = HybridPipelineStage(
                 self.stage,

@@ -7,6 +7,7 @@ stage outermost and tensor parallelism innermost. Every rank must build the same
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,8 +77,9 @@ class PlanMesh:
         mesh = _unflatten(self.root, (stages, *sizes), ("pp", *names))
         self.activation = mesh[names] if len(names) > 1 else mesh[names[0]]
         self._cuts = cuts
-        if len(names) > 1:
-            _flatten(self.activation, "stage")  # lets DTensor gather over several axes in one collective
+        # flattened, it also lets DTensor gather over several axes in one collective
+        whole = _flatten(self.activation, "stage") if len(names) > 1 else self.activation
+        self.stage_group = whole.get_group()
         self.pipeline = mesh["pp"]
 
     def layout(self, dp: int, tp: int) -> Layout:
@@ -91,6 +93,19 @@ class PlanMesh:
     def data_index(self, dp: int) -> int:
         """Which of ``dp`` batch shards this rank works on."""
         return self.stage_rank * dp // self.plan.devices_per_stage
+
+    def group_across(self, stages: Sequence[int]) -> torch.distributed.ProcessGroup | None:
+        """The ranks of some stages that have the place of this rank in theirs; ``None`` outside of those stages.
+
+        A collective call: all ranks make it, with the same stages.
+        """
+        found = None
+        for place in range(self.plan.devices_per_stage):
+            ranks = [stage * self.plan.devices_per_stage + place for stage in stages]
+            group = torch.distributed.new_group(ranks)
+            if self.rank in ranks:
+                found = group
+        return found
 
     @property
     def is_first_stage(self) -> bool:

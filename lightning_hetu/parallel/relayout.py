@@ -6,6 +6,9 @@ because gradients are full on all ranks that hold a copy, which column-parallel 
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -30,3 +33,35 @@ def relayout(tensor: Tensor, mesh: PlanMesh, source_dp: int, target_dp: int) -> 
     distributed = DTensor.from_local(tensor.contiguous(), mesh.activation, source, run_check=False)
     # clone: a slice is a view of the larger tensor and would keep it alive, and pipeline stages detach in place
     return distributed.redistribute(placements=target).to_local(grad_placements=target).clone()
+
+
+def relayout_shared(tensor: Tensor, mesh: PlanMesh, source_dp: int, target_dp: int) -> Tensor:
+    """A tensor that is the same for all samples, as a layer with another data-parallel degree may use it.
+
+    Its value is there already. Its gradient is a sum over samples of which every rank has its own; the ranks that made
+    the tensor must, added up over their ``source_dp`` shards, have all of it once.
+
+    Args:
+        tensor: Any shape, the same on every rank of the stage.
+        mesh: Meshes of the plan.
+        source_dp: Batch shards of the layer that made it.
+        target_dp: Batch shards of the layer that uses it.
+    """
+    if source_dp == target_dp:
+        return tensor
+    shared: Tensor = _Shared.apply(tensor, mesh, source_dp, target_dp)
+    return shared
+
+
+class _Shared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, mesh: PlanMesh, source_dp: int, target_dp: int) -> Tensor:
+        ctx.mesh, ctx.factor = mesh, target_dp / (mesh.plan.devices_per_stage * source_dp)
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        # Of the stage's ranks, those with the same samples have the same gradient.
+        total = gradients[0].contiguous() * ctx.factor
+        torch.distributed.all_reduce(total, group=ctx.mesh.stage_group)
+        return total, None, None, None

@@ -65,6 +65,11 @@ class HybridPipelineStage(PipelineStage):
     take from ZeRO-2 and ZeRO-3 the memory they are chosen for. Here each layer says for itself what is kept.
     """
 
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        """Forward of one microbatch."""
+        self.submod.microbatch = fwd_chunk_id  # type: ignore[assignment]
+        return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+
     def backward_maybe_with_nosync(
         self, backward_type: str, bwd_kwargs: dict[str, Any], last_backward: bool = False
     ) -> tuple[tuple[Tensor | None, ...], None]:

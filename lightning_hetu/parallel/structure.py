@@ -5,12 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from math import gcd
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from lightning_hetu.parallel.pipeline_mixin import PipelineMixin, uses_pipeline
+from lightning_hetu.parallel.pipeline_mixin import PipelineMixin, runs_own_forward, uses_pipeline
 
-TENSOR_PARALLEL_STYLES = ("colwise", "rowwise", "colwise_gather", "vocab_rowwise")
+if TYPE_CHECKING:
+    from lightning_hetu.parallel.forward_trace import ForwardTrace
+
+TENSOR_PARALLEL_STYLES = ("colwise", "rowwise", "colwise_gather", "vocab_rowwise", "per_head")
+_TRANSFORMERS_STYLES = {
+    "colwise": "colwise",
+    "rowwise": "rowwise",
+    "colwise_gather_output": "colwise_gather",
+    "colwise_rep": "colwise_gather",
+    "embedding_rowwise": "vocab_rowwise",
+    "replicated_with_grad_allreduce": "per_head",
+}
+"""What transformers (5.x, and 4.x where it differs) calls our styles."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +35,8 @@ class ModelStructure:
         blocks: Full names of the blocks, in the order they run.
         embedding: Full name of what runs before the blocks; ``None`` where it is not one module.
         head: Full name of what runs behind the blocks; ``None`` where it is not one module.
+        model: Full name of the model, where it runs its own forward and can be cut; see ``trace``.
+        trace: What that forward does; names in it are relative to the model.
 
     A model without named embedding and head is run by its own ``training_step`` as one stage; everything outside its
     blocks is then one unit.
@@ -29,11 +45,24 @@ class ModelStructure:
     blocks: tuple[str, ...]
     embedding: str | None = None
     head: str | None = None
+    model: str | None = None
+    trace: ForwardTrace | None = None
 
     @property
     def pipeline(self) -> bool:
         """Whether the model can be cut into stages and microbatches."""
-        return self.embedding is not None and self.head is not None
+        return self.trace is not None or (self.embedding is not None and self.head is not None)
+
+    def modules(self, field: str) -> list[str]:
+        """Full names of the modules of one row of the plan.
+
+        What runs between two blocks of a model with its own forward counts with what runs before the first.
+        """
+        if self.trace is None or field not in ("embedding", "head"):
+            return [name for row, name in self.rows() if row == field and name is not None]
+        blocks = len(self.blocks)
+        names = self.trace.modules_at(0, blocks) if field == "embedding" else self.trace.modules_at(blocks, blocks + 1)
+        return [f"{self.model}.{name}" for name in names]
 
     def rows(self) -> list[tuple[str, str | None]]:
         """Plan row and full module name, in model order."""
@@ -54,24 +83,24 @@ def find_structure(module: nn.Module, blocks: str | None = None) -> ModelStructu
     Raises:
         ValueError: If ``blocks`` names no container of modules, or none is found; the message lists what is there.
     """
-    if uses_pipeline(module):
+    if uses_pipeline(module) and not runs_own_forward(module):
         assert isinstance(module, PipelineMixin)
         path = blocks or module.pipeline_blocks
-        names = _children(module, path)
+        names = children_of(module, path)
         for role in ("pipeline_embedding", "pipeline_head"):
             _submodule(module, getattr(module, role), role)
         if blocks is not None and blocks != module.pipeline_blocks:
             return ModelStructure(names)
         return ModelStructure(names, module.pipeline_embedding, module.pipeline_head)
     if blocks is not None:
-        return ModelStructure(_children(module, blocks))
+        return ModelStructure(children_of(module, blocks))
     candidates = sorted(block_containers(module), key=lambda item: (-item[1], item[0]))
     if not candidates:
         raise ValueError(
             f"blocks=None: {type(module).__name__} has no list of two or more equal modules to parallelize. Name it,"
             ' for example blocks="model.layers".'
         )
-    return ModelStructure(_children(module, candidates[0][0]))
+    return ModelStructure(children_of(module, candidates[0][0]))
 
 
 def block_containers(module: nn.Module) -> Iterator[tuple[str, int]]:
@@ -85,11 +114,35 @@ def block_containers(module: nn.Module) -> Iterator[tuple[str, int]]:
             yield name, sum(sizes)
 
 
+@dataclass(frozen=True)
+class EqualModules:
+    """Modules of one class that stand in containers.
+
+    Args:
+        names: Full names, in the order of the model.
+        parameters: Number of parameters in all of them.
+    """
+
+    names: tuple[str, ...]
+    parameters: int
+
+
+def children_of_one_class(module: nn.Module) -> list[EqualModules]:
+    """For every class with two or more modules in containers of equal modules, all those modules."""
+    found: dict[type, list[tuple[str, int]]] = {}
+    for container, _ in block_containers(module):
+        for name in children_of(module, container):
+            child = module.get_submodule(name)
+            found.setdefault(type(child), []).append((name, sum(p.numel() for p in child.parameters())))
+    return [EqualModules(tuple(n for n, _ in items), sum(size for _, size in items)) for items in found.values()]
+
+
 def tensor_parallel_plan(root: nn.Module, name: str | None) -> dict[str, str]:
     """The tensor-parallel plan of the submodule ``name``: names relative to it, each with a style.
 
     Read from the submodule's own ``tensor_parallel_plan``, or from the root's, whose keys are full names in which
-    ``*`` stands for anything (``"model.blocks.*.attention.query": "colwise"``). Empty where nothing is declared.
+    ``*`` stands for anything (``"model.blocks.*.attention.query": "colwise"``), or from the ``tp_plan`` of the Hugging
+    Face model it is in. Empty where nothing is declared.
 
     Raises:
         ValueError: If a style is unknown or a name leads to no module.
@@ -108,6 +161,27 @@ def tensor_parallel_plan(root: nn.Module, name: str | None) -> dict[str, str]:
                 plan[child] = style
     for child in plan:
         _submodule(module, child, f"{name}.tensor_parallel_plan")
+    return plan or _transformers_plan(root, name)
+
+
+def outside_tensor_parallel_plan(root: nn.Module, structure: ModelStructure) -> dict[str, str]:
+    """Full names and styles of what is split outside of the blocks of a model that runs its own forward.
+
+    Empty where one parameter serves two modules: each would have to be split in its own way.
+    """
+    names = [*structure.modules("embedding"), *structure.modules("head")]
+    owners: dict[Any, set[str]] = {}
+    for name in names:
+        for parameter in root.get_submodule(name)._parameters.values():
+            owners.setdefault(parameter, set()).add(name)
+    if any(len(found) > 1 for parameter, found in owners.items() if parameter is not None):
+        return {}
+    plan = {}
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        style = tensor_parallel_plan(root, parent).get(child)
+        if style is not None:
+            plan[name] = style
     return plan
 
 
@@ -121,16 +195,72 @@ def tensor_parallel_degrees(root: nn.Module, name: str | None, limit: int) -> tu
     if not plan or name is None:
         return (1,)
     module = root.get_submodule(name)
-    sizes = [_split_size(module.get_submodule(child), style) for child, style in plan.items()]
+    sizes = [_split_size(module.get_submodule(child), style) for child, style in plan.items() if style != "per_head"]
     divisor = getattr(module, "tensor_parallel_divisor", None)
+    if divisor is None:
+        divisor = _attention_heads(root, name)
     if divisor is not None:
         sizes.append(int(divisor))
+    return _degrees(sizes, limit)
+
+
+def outside_tensor_parallel_degrees(root: nn.Module, structure: ModelStructure, limit: int) -> tuple[int, ...]:
+    """The same for all that runs outside of the blocks."""
+    plan = outside_tensor_parallel_plan(root, structure)
+    return _degrees([_split_size(root.get_submodule(name), style) for name, style in plan.items()] or [1], limit)
+
+
+def _degrees(sizes: list[int], limit: int) -> tuple[int, ...]:
     degrees, degree = [], 1
     while degree <= limit:
         if all(size % degree == 0 for size in sizes):
             degrees.append(degree)
         degree *= 2
     return tuple(degrees)
+
+
+def _transformers_plan(root: nn.Module, name: str) -> dict[str, str]:
+    """The plan that the innermost Hugging Face model around the submodule gives for it."""
+    found: dict[str, str] = {}
+    module = root.get_submodule(name)
+    for ancestor, path in _ancestors(root, name):
+        plan = getattr(ancestor, "tp_plan", None)
+        if not isinstance(plan, Mapping) or not plan:
+            continue
+        for child, _ in module.named_modules():
+            full = ".".join(part for part in (path, child) if part)
+            style = next((style for pattern, style in plan.items() if fnmatchcase(full, pattern)), None)
+            if style is None or not child:
+                continue
+            found[child] = _TRANSFORMERS_STYLES.get(style, "")
+            per_head = found[child] == "per_head" and not _is_per_head(ancestor, module.get_submodule(child))
+            if not found[child] or per_head:
+                return {}  # experts, packed weights, norms over all heads: such a layer is not split
+        return found
+    return found
+
+
+def _is_per_head(model: nn.Module, norm: nn.Module) -> bool:
+    weight, size = getattr(norm, "weight", None), getattr(getattr(model, "config", None), "head_dim", None)
+    return weight is not None and list(weight.shape) == [size]
+
+
+def _ancestors(root: nn.Module, name: str) -> Iterator[tuple[nn.Module, str]]:
+    """The modules around ``name``, from the outermost in, each with the path from there to it."""
+    parts = name.split(".") if name else []
+    for depth in range(len(parts) + 1):
+        yield root.get_submodule(".".join(parts[:depth])), ".".join(parts[depth:])
+
+
+def _attention_heads(root: nn.Module, name: str) -> int | None:
+    """What the attention heads of a Hugging Face model can be divided by."""
+    for ancestor, _ in _ancestors(root, name):
+        config = getattr(ancestor, "config", None)
+        heads = getattr(config, "num_attention_heads", None)
+        if isinstance(heads, int):
+            groups = getattr(config, "num_key_value_heads", None)
+            return gcd(heads, groups) if isinstance(groups, int) else heads
+    return None
 
 
 def _split_size(module: nn.Module, style: str) -> int:
@@ -163,7 +293,12 @@ def _submodule(module: nn.Module, path: str, what: str) -> nn.Module:
         raise ValueError(f"{what}={path!r}: {type(module).__name__} has no such module.") from None
 
 
-def _children(module: nn.Module, path: str) -> tuple[str, ...]:
+def children_of(module: nn.Module, path: str) -> tuple[str, ...]:
+    """Full names of the modules in the container ``path``.
+
+    Raises:
+        ValueError: If there is no such container, or nothing in it.
+    """
     try:
         container = module.get_submodule(path)
     except AttributeError:
@@ -171,7 +306,7 @@ def _children(module: nn.Module, path: str) -> tuple[str, ...]:
         raise ValueError(
             f"blocks={path!r}: {type(module).__name__} has no such module. Containers of equal blocks: {known}."
         ) from None
-    # not named_children(), which leaves out a module that stands there a second time
+    # not namedchildren_of(), which leaves out a module that stands there a second time
     names = tuple(f"{path}.{name}" for name, child in container._modules.items() if child is not None)
     if not names:
         raise ValueError(f"blocks={path!r}: {type(container).__name__} holds no modules to parallelize.")

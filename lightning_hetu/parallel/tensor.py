@@ -8,7 +8,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 
 from lightning_hetu.parallel.structure import TENSOR_PARALLEL_STYLES
 
@@ -71,4 +77,7 @@ def _style(name: str) -> ParallelStyle:
         return RowwiseParallel()
     if name == "vocab_rowwise":
         return RowwiseParallel(input_layouts=Replicate())
+    if name == "per_head":
+        # Its weight works on heads [batch, sequence, heads, size], of which every rank has some.
+        return SequenceParallel(sequence_dim=2, use_local_output=True)
     raise ValueError(f"tensor-parallel style {name!r}: expected one of {', '.join(TENSOR_PARALLEL_STYLES)}.")

@@ -43,8 +43,13 @@ def group_layers(root: nn.Module, names: Sequence[str]) -> tuple[list[int], list
     (a ``layer_idx`` that grows by one) are no difference.
     """
     described = [describe(root.get_submodule(name)) for name in names]
+    containers: dict[str, list[int]] = {}
+    for position, name in enumerate(names):
+        containers.setdefault(name.rpartition(".")[0], []).append(position)
     for key in {key for item in described for key in item["settings"]}:
-        if _is_position([item["settings"].get(key) for item in described]):
+        values = [item["settings"].get(key) for item in described]
+        # Where blocks stand in several containers (encoder and decoder), each may count from zero again.
+        if all(_is_position([values[index] for index in members]) for members in containers.values()):
             for item in described:
                 del item["settings"][key]
     kinds: dict[str, int] = {}

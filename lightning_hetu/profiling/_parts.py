@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_hetu.parallel.structure import ModelStructure, tensor_parallel_degrees, tensor_parallel_plan
 from lightning_hetu.planning.profile import LayerProfile
 from lightning_hetu.profiling._case import LayerCase, tensor_bytes
+from lightning_hetu.profiling._forward_parts import ForwardParts
 from lightning_hetu.profiling._isolation import AutocastFactory
 from lightning_hetu.profiling._layers import group_layers
 
@@ -115,6 +116,14 @@ class ModelParts:
         return any(p.requires_grad for name in below for p in self.module.get_submodule(name).parameters())
 
 
+def model_parts(
+    module: nn.Module, structure: ModelStructure, autocast: AutocastFactory, max_tp: int
+) -> ModelParts | ForwardParts:
+    """The parts of a model with pipeline support, of either kind."""
+    kind = ModelParts if structure.trace is None else ForwardParts
+    return kind(module, structure, autocast, max_tp)
+
+
 def place(part: nn.Module, device: torch.device) -> nn.Module:
     """``part`` itself where it is on ``device``, else a copy there; meta tensors are allocated and reset."""
     tensors = [*part.parameters(), *part.buffers()]
@@ -137,6 +146,11 @@ def place(part: nn.Module, device: torch.device) -> nn.Module:
 def _same_device(one: torch.device, other: torch.device) -> bool:
     # Without an index it is the current device.
     return one.type == other.type and (None in (one.index, other.index) or one.index == other.index)
+
+
+def device_of(value: Any) -> torch.device:
+    """Where the first tensor of a nesting is."""
+    return next((item.device for item in tree_leaves(value) if isinstance(item, Tensor)), torch.device("cpu"))
 
 
 def to_device(value: Any, device: torch.device) -> Any:

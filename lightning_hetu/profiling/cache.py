@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from lightning_hetu.parallel.structure import ModelStructure, tensor_parallel_plan
+from lightning_hetu.parallel.structure import ModelStructure, outside_tensor_parallel_plan, tensor_parallel_plan
 from lightning_hetu.planning.cluster import ClusterSpec
 from lightning_hetu.planning.profile import ModelProfile
 from lightning_hetu.profiling._agreement import broadcast, gather, rank_and_size
@@ -198,7 +198,8 @@ def model_key(
             "precision": precision,
             "device": device_name(device),
             "threads": torch.get_num_threads() if device.type == "cpu" else None,
-            "tensor_parallel": {name: tensor_parallel_plan(module, name) for name in rows},
+            "tensor_parallel": {name: tensor_parallel_plan(module, name) for name in rows}
+            | (outside_tensor_parallel_plan(module, structure) if structure.trace is not None else {}),
             "max_tp": max_tp,
             "settings": settings,
         }

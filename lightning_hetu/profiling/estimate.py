@@ -6,10 +6,8 @@ the times are those of the roofline model; else matrix products alone count, at 
 
 from __future__ import annotations
 
-import copy
 import logging
 from dataclasses import replace
-from itertools import chain
 from typing import Any
 
 import torch
@@ -17,13 +15,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
+from lightning_hetu.parallel.forward_trace import fake_copy
 from lightning_hetu.parallel.structure import ModelStructure
 from lightning_hetu.planning.presets import DEVICE_PRESETS, DevicePreset, device_preset
 from lightning_hetu.planning.profile import LayerProfile, ModelProfile, Precision
 from lightning_hetu.profiling._case import LayerCase
 from lightning_hetu.profiling._isolation import autocast_factory
 from lightning_hetu.profiling._measure import layer_profile
-from lightning_hetu.profiling._parts import ModelParts
+from lightning_hetu.profiling._parts import model_parts
 from lightning_hetu.profiling._roofline import FusedKernels, layer_operations, layer_seconds
 from lightning_hetu.profiling._tensor_parallel import one_of
 from lightning_hetu.profiling._tracker import trace_memory
@@ -35,7 +34,7 @@ _log = logging.getLogger(__name__)
 def estimate_model(
     module: nn.Module,
     structure: ModelStructure,
-    inputs: Tensor,
+    inputs: Any,
     target: Any = None,
     *,
     flops_per_second: float | None = None,
@@ -83,9 +82,9 @@ def estimate_model(
         return _counted_layer(case, flops_per_second)
 
     with FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad():
-        parts = ModelParts(module, structure, autocast_factory(precision, place, None), max_tp)
+        parts = model_parts(module, structure, autocast_factory(precision, place, None), max_tp)
         embedding, types, head = parts.profiles(
-            fake(inputs), tree_map(fake, target), lambda part: _fake_copy(part, place), measure
+            tree_map(fake, inputs), tree_map(fake, target), lambda part: fake_copy(part, place), measure
         )
     return ModelProfile(
         layer_types=types,
@@ -94,7 +93,7 @@ def estimate_model(
         head=head,
         precision=precision,
         pipeline=not parts.shared,
-        split_vocab=not parts.shared,
+        split_vocab=not parts.shared and structure.trace is None,
         optimizer_state_bytes=optimizer_state_bytes(optimizer),
         name=type(module).__name__,
     )
@@ -166,15 +165,3 @@ def _counted_layer(case: LayerCase, flops_per_second: float) -> LayerProfile:
         memory=trace_memory(case, case.batch),
         samples=case.batch,
     )
-
-
-def _fake_copy(part: nn.Module, device: torch.device) -> nn.Module:
-    """The module with fake tensors for its parameters and buffers; to be called in fake mode."""
-    memo: dict[int, Any] = {}
-    for tensor in chain(part.parameters(), part.buffers()):
-        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-        if isinstance(tensor, nn.Parameter):
-            memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad)
-        else:
-            memo[id(tensor)] = empty
-    return copy.deepcopy(part, memo).train()

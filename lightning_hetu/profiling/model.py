@@ -14,14 +14,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
+from lightning_hetu.parallel.forward_trace import batch_rows
 from lightning_hetu.parallel.structure import ModelStructure
 from lightning_hetu.planning.profile import LayerProfile, ModelProfile, Precision
 from lightning_hetu.profiling._agreement import gather, is_busy, lone_mesh, run_together
 from lightning_hetu.profiling._isolation import AutocastFactory, autocast_factory, untouched
 from lightning_hetu.profiling._measure import measure_layer
-from lightning_hetu.profiling._parts import ModelParts, place, to_device
+from lightning_hetu.profiling._parts import device_of, model_parts, place, to_device
 from lightning_hetu.profiling.progress import ProgressCallback
 
 # State tensors per parameter tensor, all in the parameter's dtype.
@@ -33,7 +34,7 @@ _OPTIMIZER_STATES = {
 def profile_model(
     module: nn.Module,
     structure: ModelStructure,
-    inputs: Tensor,
+    inputs: Any,
     target: Any = None,
     *,
     precision: Precision = "32-true",
@@ -59,9 +60,10 @@ def profile_model(
         module: The whole module; ``pipeline_loss(output, target)`` gives its loss. Parts that are on another device are
             copied to ``device`` one at a time, parts on the meta device are given memory and ``reset_parameters``.
         structure: Where its parts are; must name an embedding and a head.
-        inputs: A local batch as the embedding takes it, batch in dimension 0.
+        inputs: A local batch as the embedding takes it, batch in dimension 0; for a model that runs its own forward
+            what that takes, any nesting of tensors.
         target: What ``pipeline_loss`` compares with; tensors with the batch in dimension 0. ``None`` leaves out the
-            loss.
+            loss, except in a model that runs its own forward, whose inputs may hold labels.
         precision: Lightning's name of the precision; ``bf16-mixed`` implies autocast.
         device: Where to measure; by default where ``inputs`` are.
         autocast: Makes the context that forward runs under, if not the one of ``precision``.
@@ -81,18 +83,18 @@ def profile_model(
     """
     if not structure.pipeline:
         raise ValueError(f"structure={structure}: names no embedding and head; profile it with profile_step.")
-    device = torch.device(device) if device is not None else inputs.device
-    sizes = checked_sizes(batch_sizes, inputs.shape[0], repeats)
+    device = torch.device(device) if device is not None else device_of(inputs)
+    sizes = checked_sizes(batch_sizes, batch_rows(inputs), repeats)
     state_bytes = optimizer_state_bytes(optimizer)
 
     def work() -> ModelProfile | None:
         if not is_busy(slots, device, group):
             return None
-        parts = ModelParts(module, structure, autocast_factory(precision, device, autocast), max_tp)
+        parts = model_parts(module, structure, autocast_factory(precision, device, autocast), max_tp)
         tick = Ticker(progress, parts.count * (len(sizes) + 1))
         with untouched(module, device):
             embedding, types, head = parts.profiles(
-                inputs.to(device),
+                to_device(inputs, device),
                 to_device(target, device),
                 lambda part: place(part, device),
                 lambda case: measure_layer(case, sizes, repeats=repeats, device=device, tick=tick, mesh=mesh),
@@ -104,7 +106,7 @@ def profile_model(
             head=head,
             precision=precision,
             pipeline=not parts.shared,
-            split_vocab=not parts.shared,
+            split_vocab=not parts.shared and structure.trace is None,
             optimizer_state_bytes=state_bytes,
             name=type(module).__name__,
         )

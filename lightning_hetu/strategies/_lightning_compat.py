@@ -165,10 +165,30 @@ def synchronize_epoch_metrics(module: LightningModule) -> None:
     module.__dict__["log"], module.__dict__["log_dict"] = synchronized_log, synchronized_log_dict
 
 
-def train_dataloader(trainer: Trainer) -> Any:
-    """The training loader as the user wrote it, built without disturbing the random state."""
+def dataloader_of_run(trainer: Trainer) -> Any:
+    """The loader of the running call as the user wrote it, built without disturbing the random state.
+
+    That of training for ``trainer.fit``; the first one where evaluation has several.
+    """
+    loops = {
+        TrainerFn.VALIDATING: trainer.validate_loop,
+        TrainerFn.TESTING: trainer.test_loop,
+        TrainerFn.PREDICTING: trainer.predict_loop,
+    }
+    loop: Any = loops.get(trainer.state.fn, trainer.fit_loop)  # type: ignore[arg-type]
     with isolate_rng():
-        return trainer.fit_loop._data_source.dataloader()
+        loader = loop._data_source.dataloader()
+    return loader[0] if loop is not trainer.fit_loop and isinstance(loader, list | tuple) else loader
+
+
+def step_of_run(trainer: Trainer, module: LightningModule) -> Any:
+    """The method of the module that the running call gives batches to."""
+    steps = {
+        TrainerFn.VALIDATING: module.validation_step,
+        TrainerFn.TESTING: module.test_step,
+        TrainerFn.PREDICTING: module.predict_step,
+    }
+    return steps.get(trainer.state.fn, module.training_step)  # type: ignore[arg-type]
 
 
 def combined(loaders: Any) -> Iterator[Any]:

@@ -6,13 +6,16 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_hetu.parallel.data import batch_samples
+from lightning_hetu.parallel.forward_trace import trace_structure
+from lightning_hetu.parallel.pipeline_mixin import runs_own_forward, uses_pipeline
 from lightning_hetu.parallel.structure import find_structure
 from lightning_hetu.planning import (
     HetuConstants,
@@ -142,8 +145,7 @@ def plan_offline(
     Raises:
         ValueError: If the model has no pipeline support, or the data yields no batch.
     """
-    structure = find_structure(module, request.blocks)
-    if not structure.pipeline:
+    if not uses_pipeline(module):
         raise ValueError(
             f"{type(module).__name__} has no pipeline support: only a PipelineMixin can be planned without running it."
         )
@@ -151,8 +153,12 @@ def plan_offline(
     samples = batch_samples(batch)
     with compat.silent_logging(module):
         inputs, target = pipeline_example(module, batch)
-    inputs, target = (_rows(value, min(samples, _ESTIMATED_SAMPLES)) for value in (inputs, target))
-    tokens = inputs.shape[1] if inputs.ndim == 2 and not inputs.is_floating_point() else None
+    if runs_own_forward(module):
+        structure = trace_structure(module, inputs, request.blocks)
+    else:
+        structure = find_structure(module, request.blocks)
+    inputs, target = (_rows(value, samples, min(samples, _ESTIMATED_SAMPLES)) for value in (inputs, target))
+    tokens = _tokens(inputs)
     plugin = trainer.strategy.precision_plugin
     precision = cast(Precision, plugin.precision)
     module = cast(LightningModule, plugin.convert_module(module))  # to half precision, where all of it is
@@ -201,8 +207,15 @@ def _first_batch(module: LightningModule, datamodule: LightningDataModule | None
     return batch
 
 
-def _rows(value: Tensor, count: int) -> Tensor:
-    return value[:count] if isinstance(value, Tensor) and value.ndim else value
+def _rows(values: Any, samples: int, count: int) -> Any:
+    """The first samples of all tensors in a nesting."""
+    return tree_map_only(Tensor, lambda x: x[:count] if x.ndim and x.shape[0] == samples else x, values)
+
+
+def _tokens(inputs: Any) -> int | None:
+    """Length of a sample, where the first input is a batch of sequences of whole numbers."""
+    first = next((item for item in tree_leaves(inputs) if isinstance(item, Tensor)), None)
+    return first.shape[1] if first is not None and first.ndim == 2 and not first.is_floating_point() else None
 
 
 def _flops_per_sample(counted: ModelProfile) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_hetu.parallel.data import batch_samples
-from lightning_hetu.parallel.pipeline_mixin import PipelineMixin
-from lightning_hetu.parallel.structure import ModelStructure
+from lightning_hetu.parallel.forward_trace import trace_structure
+from lightning_hetu.parallel.pipeline_mixin import PipelineMixin, runs_own_forward
+from lightning_hetu.parallel.structure import ModelStructure, find_structure
 from lightning_hetu.planning import ClusterSpec, HetuConstants, HybridPlan, LayerStrategy, ModelProfile, search
 from lightning_hetu.planning.breakdown import breakdown
 from lightning_hetu.planning.profile import Precision
@@ -78,16 +79,17 @@ class _Captured(Exception):
 
 
 class _Capture:
-    """Stands in for the executor and keeps what the module's own ``training_step`` gives to ``pipeline_step``."""
+    """Stands in for the executor and keeps what a step of the module gives to ``pipeline_step``."""
 
-    inputs: Tensor
+    inputs: Any
     target: Any
 
-    def step(self, inputs: Tensor, target: Any, keep_outputs: bool = False) -> Tensor:
+    def step(self, inputs: Any, target: Any, keep_outputs: bool = False) -> Tensor:
         self.inputs, self.target = inputs, target
         raise _Captured
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, inputs: Any) -> Tensor:
+        self.inputs, self.target = inputs, None
         raise _Captured
 
     def outputs(self) -> Tensor | None:
@@ -97,10 +99,12 @@ class _Capture:
 def example_batch(trainer: Trainer) -> Any:
     """The first batch of the training loader, a global batch, drawn without changing the random state.
 
+    In evaluation and prediction it is that of the loader they use.
+
     Raises:
         ValueError: If there is none.
     """
-    loader = compat.train_dataloader(trainer)
+    loader = compat.dataloader_of_run(trainer)
     if isinstance(loader, Mapping | list | tuple):
         loader = compat.combined(loader)
     source = loader.dataset if isinstance(loader, DataLoader) else loader
@@ -123,19 +127,35 @@ def _some(batch: Any) -> Any:
     return batch
 
 
-def pipeline_example(module: LightningModule, batch: Any) -> tuple[Tensor, Any]:
-    """What ``training_step`` gives to ``pipeline_step`` for ``batch``."""
+def model_structure(module: LightningModule, blocks: str | None, trainer: Trainer) -> ModelStructure:
+    """Where the layers of the module are; a model that runs its own forward is traced with a batch of its data.
+
+    Raises:
+        ValueError: If they cannot be found, or the model cannot be cut.
+    """
+    if not runs_own_forward(module):
+        return find_structure(module, blocks)
+    step = compat.step_of_run(trainer, module)
+    inputs, _ = pipeline_example(module, example_batch(trainer), step)
+    return trace_structure(module, inputs, blocks)
+
+
+def pipeline_example(
+    module: LightningModule, batch: Any, step: Callable[[Any, int], Any] | None = None
+) -> tuple[Any, Any]:
+    """What ``training_step``, or another step of the module, gives to ``pipeline_step`` for ``batch``."""
     capture = _Capture()
     mixin = cast(PipelineMixin, module)
     mixin._pipeline_engine = capture
     try:
         with compat.silent_logging(module), isolate_rng():
-            module.training_step(batch, 0)
+            (step or module.training_step)(batch, 0)
     except _Captured:
         return capture.inputs, capture.target
     finally:
         mixin._pipeline_engine = None
-    raise ValueError(f"{type(module).__name__}.training_step did not call self.pipeline_step(inputs, target).")
+    name = getattr(step, "__name__", "training_step")
+    raise ValueError(f"{type(module).__name__}.{name} did not call self.pipeline_step(inputs, target).")
 
 
 def make_profiles(

@@ -35,14 +35,16 @@ from lightning_hetu.parallel.build import (
 )
 from lightning_hetu.parallel.data import RowSelector, check_training_batches, shard_dataloader
 from lightning_hetu.parallel.executor import PipelineExecutor
+from lightning_hetu.parallel.forward_build import build_forward_stage
+from lightning_hetu.parallel.forward_executor import ForwardExecutor
 from lightning_hetu.parallel.mesh import PlanMesh
 from lightning_hetu.parallel.optimizers import GroupNames, can_rebind, parameter_names, rebind
 from lightning_hetu.parallel.pipeline_mixin import PipelineMixin
-from lightning_hetu.parallel.structure import ModelStructure, find_structure
+from lightning_hetu.parallel.structure import ModelStructure
 from lightning_hetu.planning.explain import diff
 from lightning_hetu.planning.plan import HybridPlan
 from lightning_hetu.strategies import _lightning_compat as compat
-from lightning_hetu.strategies._planner import PlanRequest, evaluation_plan, make_plan, make_profiles
+from lightning_hetu.strategies._planner import PlanRequest, evaluation_plan, make_plan, make_profiles, model_structure
 
 Configured = tuple[list[Optimizer], list[Any]]
 """Optimizers, and Lightning's configurations of schedulers."""
@@ -186,7 +188,7 @@ class AutoHybridParallelStrategy(ModelParallelStrategy):
                 " checkpoint."
             )
         self._executor, self.plan = None, None
-        self._structure = find_structure(module, self._request.blocks)
+        self._structure = model_structure(module, self._request.blocks, trainer)
         check_parameters(self._structure, module)
         module.to(self.root_device)
         synchronize_initial_state(module)
@@ -243,9 +245,8 @@ class AutoHybridParallelStrategy(ModelParallelStrategy):
         names = parameter_names(self.configured_optimizers, module)
         self.precision_plugin.convert_module(module)
         if self._structure.pipeline:
-            stage = build_stage(module, self._structure, plan, self._plan_mesh)
             pipelined = cast(PipelineMixin, module)
-            self._executor = PipelineExecutor(pipelined, stage, plan, self._plan_mesh, self.root_device)
+            self._executor = self._make_executor(pipelined, plan, self._plan_mesh)
             pipelined._pipeline_engine = self._executor
             self._root = module
         else:
@@ -255,6 +256,14 @@ class AutoHybridParallelStrategy(ModelParallelStrategy):
             self._configured = self._rebound(self._configured, names)
         compat.forget_dataloaders(trainer)
         self._parallelized = self.lightning_module
+
+    def _make_executor(self, module: PipelineMixin, plan: HybridPlan, mesh: PlanMesh) -> PipelineExecutor:
+        assert self._structure is not None and isinstance(module, LightningModule)
+        if self._structure.trace is None:
+            stage = build_stage(module, self._structure, plan, mesh)
+            return PipelineExecutor(module, stage, plan, mesh, self.root_device)
+        forward = build_forward_stage(module, self._structure, plan, mesh)
+        return ForwardExecutor(module, forward, plan, mesh, self.root_device)
 
     @override
     def setup_optimizers(self, trainer: Trainer) -> None:

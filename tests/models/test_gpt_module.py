@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 
 from lightning_hetu.data import TextDataModule
 from lightning_hetu.models import GPTLightningModule
-from lightning_hetu.models.gpt_module import learning_rate_factor
+from lightning_hetu.models.optimization import learning_rate_factor
 
 SIZES: dict[str, Any] = {"max_seq_len": 16, "num_layers": 1, "num_heads": 2, "dim": 16}
 

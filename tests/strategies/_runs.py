@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_hetu.models import GPTLightningModule
+from lightning_hetu.models import GPTLightningModule, TransformersModule
 from lightning_hetu.planning import HybridPlan, LayerStrategy
 from lightning_hetu.strategies.auto import AutoHybridParallelStrategy
 
@@ -161,7 +161,34 @@ class Captured(Grouped):
         return self.Signs(p for p in self.parameters() if p.requires_grad)
 
 
-MODULES = {"gpt": Small, "blocks": Blocks, "grouped": Grouped, "stepwise": Stepwise, "captured": Captured}
+class Llama(TransformersModule):
+    """A Llama with tied embeddings on pairs of tokens and next tokens."""
+
+    def __init__(self) -> None:
+        sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4,
+                 "num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": LENGTH,
+                 "tie_word_embeddings": True}  # fmt: skip
+        super().__init__("LlamaForCausalLM", sizes, lr_schedule="constant")
+
+
+class T5(TransformersModule):
+    """An encoder-decoder on padded text."""
+
+    def __init__(self) -> None:
+        sizes = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4,
+                 "decoder_start_token_id": 0, "dropout_rate": 0.0}  # fmt: skip
+        super().__init__("T5ForConditionalGeneration", sizes, lr_schedule="constant")
+
+
+MODULES = {
+    "llama": Llama,
+    "t5": T5,
+    "gpt": Small,
+    "blocks": Blocks,
+    "grouped": Grouped,
+    "stepwise": Stepwise,
+    "captured": Captured,
+}
 
 
 def plan_of(text: str, world: int, stages: tuple[int, ...], microbatches: int = 1, batch: int = SAMPLES) -> HybridPlan:
@@ -178,8 +205,21 @@ def dataset(samples: int, seed: int) -> TensorDataset:
     return TensorDataset(inputs, (inputs * 7 + 3) % VOCABULARY)
 
 
-def loader(samples: int = 96, seed: int = 0, **options: Any) -> DataLoader[Any]:
-    return DataLoader(dataset(samples, seed), **{"batch_size": SAMPLES, **options})
+def padded(samples: int, seed: int) -> list[dict[str, Tensor]]:
+    """Texts of different lengths and answers to them, for an encoder-decoder."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for tokens, target in dataset(samples, seed):
+        length = int(torch.randint(LENGTH // 2, LENGTH + 1, (), generator=generator))
+        mask = (torch.arange(LENGTH) < length).long()
+        labels = target[: LENGTH // 2].masked_fill(torch.arange(LENGTH // 2) >= length // 2, -100)
+        found.append({"input_ids": tokens, "attention_mask": mask, "labels": labels})
+    return found
+
+
+def loader(samples: int = 96, seed: int = 0, kind: str = "gpt", **options: Any) -> DataLoader[Any]:
+    data: Any = padded(samples, seed) if kind == "t5" else dataset(samples, seed)
+    return DataLoader(data, **{"batch_size": SAMPLES, **options})
 
 
 def whole(module: nn.Module) -> dict[str, Tensor]:
@@ -225,7 +265,7 @@ def train(
     else:
         strategy = AutoHybridParallelStrategy(plan=plan, **strategy_options)
         trainer = Trainer(devices=torch.distributed.get_world_size(), strategy=strategy, **settings)
-    trainer.fit(module, loader(shuffle=shuffle, drop_last=True), loader(32, 1), ckpt_path=ckpt_path)
+    trainer.fit(module, loader(kind=kind, shuffle=shuffle, drop_last=True), loader(32, 1, kind), ckpt_path=ckpt_path)
     if save:
         trainer.save_checkpoint(Path(folder) / "end.ckpt")
     out: dict[str, Any] = {
@@ -237,9 +277,9 @@ def train(
         "plan": getattr(trainer.strategy, "plan", None),
     }
     if evaluate:
-        out["test"] = trainer.test(module, loader(32, 2), verbose=False)
-        out["validate"] = trainer.validate(module, loader(32, 2), verbose=False)
-        predictions = trainer.predict(module, loader(32, 2))
+        out["test"] = trainer.test(module, loader(32, 2, kind), verbose=False)
+        out["validate"] = trainer.validate(module, loader(32, 2, kind), verbose=False)
+        predictions = trainer.predict(module, loader(32, 2, kind))
         out["predicted"] = [tuple(p.shape) for p in predictions]
         out["prediction"] = predictions[0]
     return out

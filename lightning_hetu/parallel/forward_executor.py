@@ -1,0 +1,112 @@
+"""Runs the pipeline of a model that runs its own forward: every stage is given the whole batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lightning_hetu.parallel.executor import PipelineExecutor
+from lightning_hetu.parallel.forward_stage import ForwardStage
+from lightning_hetu.parallel.forward_trace import batch_rows
+
+
+class ForwardExecutor(PipelineExecutor):
+    """The engine behind :meth:`PipelineMixin.pipeline_step` for a module that names its ``pipeline_model``."""
+
+    stage: ForwardStage
+
+    def step(self, inputs: Any, target: Any = None, keep_outputs: bool = False) -> Tensor:
+        """Loss of the global batch; in training its backward hands over the gradients that are already computed.
+
+        Args:
+            inputs: Local rows of what the model takes, any nesting of tensors.
+            target: Local rows of what ``pipeline_loss`` compares with; by default it is given the inputs.
+            keep_outputs: Whether :meth:`outputs` shall return what ``pipeline_output`` makes of the model's output.
+
+        Raises:
+            ValueError: If the local rows cannot be cut into microbatches.
+        """
+        self.steps += 1
+        training = torch.is_grad_enabled() and self.stage.training
+        rows = batch_rows(inputs)
+        microbatches = self._microbatches(rows, training)
+        parts = _cut(inputs, rows, microbatches)
+        targets = parts if target is None else _cut(target, rows, microbatches)
+        scales = self._scales(targets, microbatches)
+        kept: list[Tensor | None] = [None] * microbatches
+
+        def finish(output: Any, index: int) -> Tensor:
+            loss = self.module.pipeline_loss(output, targets[index])
+            if keep_outputs:
+                kept[index] = self.module.pipeline_output(output).detach()
+            return (loss * scales[index]).reshape(1)
+
+        def run(losses: list[Tensor]) -> None:
+            self._run_parts(parts, finish, losses, training)
+
+        loss = self._loss_of(run, training)
+        outputs = [output for output in kept if output is not None]
+        self._outputs = torch.cat(outputs) if outputs else None
+        return loss
+
+    def forward(self, inputs: Any) -> Tensor:
+        """The model's output tensor for the rows of this rank, in every stage; without gradients."""
+        rows = batch_rows(inputs)
+        microbatches = self._microbatches(rows, training=False)
+        kept: list[Tensor | None] = [None] * microbatches
+
+        def finish(output: Any, index: int) -> Tensor:
+            kept[index] = self.module.pipeline_output(output).detach()
+            return torch.zeros(1, device=self.device)
+
+        self._run_parts(_cut(inputs, rows, microbatches), finish, None, training=False)
+        outputs = [output for output in kept if output is not None]
+        return self._to_all_stages(torch.cat(outputs) if outputs else None)
+
+    def _complete_gradients(self) -> None:
+        self.stage.tied.add_up()
+
+    def _scales(self, targets: list[Any], microbatches: int) -> list[float | Tensor]:
+        """What the mean loss of each local microbatch counts in the global loss."""
+        if not self.mesh.is_last_stage:
+            return [1.0] * microbatches
+        weights = [self.module.pipeline_loss_weight(target) for target in targets]
+        if weights[0] is None:
+            return [1.0 / (microbatches * self.plan.head.dp)] * microbatches
+        counts = torch.stack([torch.as_tensor(w, dtype=torch.float32, device=self.device) for w in weights])
+        total = counts.sum()
+        layout = self.mesh.layout(self.plan.head.dp, self.plan.head.tp)
+        torch.distributed.all_reduce(total, group=layout.data.get_group())
+        return list(counts / total.clamp(min=torch.finfo(torch.float32).tiny))
+
+    def _run_parts(self, parts: list[Any], finish: Any, losses: list[Tensor] | None, training: bool) -> None:
+        shapes = tuple(tuple(leaf.shape) for leaf in tree_leaves(parts[0]) if isinstance(leaf, Tensor))
+        schedule = self._schedule(shapes, len(parts), training=training, with_loss=losses is not None)
+        self.stage.microbatches, self.stage.finish, self.stage.microbatch = parts, finish, 0
+        self.stage.shapes = shapes, training
+        index = torch.arange(len(parts), device=self.device)  # stands for the inputs, which the stages have
+        try:
+            self._run(schedule, index, index, losses, training=training, keep_outputs=False)
+        finally:
+            self.stage.microbatches, self.stage.finish = [], None
+
+    def _loss(self, output: Tensor, target: Tensor) -> Tensor:
+        return output.sum()
+
+
+def _cut(values: Any, rows: int, microbatches: int) -> list[Any]:
+    """The values of each microbatch; tensors without the batch in dimension 0 go to all of them."""
+    size = rows // microbatches
+
+    def part(index: int) -> Any:
+        def pick(value: Any) -> Any:
+            if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] != rows:
+                return value
+            return value[index * size : (index + 1) * size]
+
+        return tree_map(pick, values)
+
+    return [part(index) for index in range(microbatches)]

@@ -1,0 +1,381 @@
+"""Reads from one run of a model's own forward where it can be cut into pipeline stages.
+
+The run is on fake tensors: nothing is computed. It tells in which order the blocks are called, with which arguments,
+and what runs outside of them. From that follows what a stage must be sent: every tensor with a gradient that a block is
+given. A model whose later blocks use something else of the earlier ones (a skip connection) cannot be cut in between.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from lightning_hetu.parallel.pipeline_mixin import PipelineMixin, call_model
+from lightning_hetu.parallel.structure import ModelStructure, children_of, children_of_one_class
+
+_SAMPLES = (2, 3)
+"""Batch sizes of the two runs: what grows with them has the batch in dimension 0."""
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A tensor among the arguments of a block.
+
+    Args:
+        source: Which block call returned it; ``None`` where it was made outside of the blocks.
+        batched: Whether the batch is in dimension 0; else it is the same for all samples.
+        gradient: Whether a gradient flows through it.
+    """
+
+    source: int | None
+    batched: bool
+    gradient: bool
+
+    @property
+    def crosses(self) -> bool:
+        """Whether another stage cannot compute it for itself."""
+        return self.gradient or self.source is not None
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """One call of a block.
+
+    Args:
+        name: Full name of the block.
+        leaves: Its arguments, flattened (positional ones first); ``None`` for what is no tensor.
+        hands_over: Whether what it returns goes straight into the next block.
+    """
+
+    name: str
+    leaves: tuple[Leaf | None, ...]
+    hands_over: bool
+
+    @property
+    def crossing(self) -> tuple[int, ...]:
+        """Which leaves an earlier stage must send to run this block: what depends on parameters, or on a block."""
+        return tuple(i for i, leaf in enumerate(self.leaves) if leaf is not None and leaf.crosses)
+
+
+@dataclass(frozen=True)
+class ForwardTrace:
+    """What one run of a model's forward did.
+
+    Args:
+        calls: The blocks in the order they ran.
+        outside: Full names of the modules outside of the blocks that have parameters or buffers of their own and ran,
+            with the number of blocks that had run before: 0 belongs to the first stage, ``len(calls)`` to the last.
+    """
+
+    calls: tuple[BlockCall, ...]
+    outside: Mapping[str, int]
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Full names of the blocks in the order they run."""
+        return tuple(call.name for call in self.calls)
+
+    def modules_at(self, first: int, last: int) -> list[str]:
+        """Modules outside of the blocks that run behind block ``first - 1`` and before block ``last``.
+
+        Those between two stages run in the earlier one, which stops when it comes to the first block of the later.
+        """
+        return [name for name, position in self.outside.items() if first <= position < last]
+
+
+class UncuttableModelError(ValueError):
+    """A model's forward is no chain of blocks; the message says where it is not."""
+
+
+def trace_structure(module: nn.Module, inputs: Any, blocks: str | None = None) -> ModelStructure:
+    """Where the layers of a :class:`PipelineMixin` are whose model runs its own forward.
+
+    Args:
+        module: The whole module; it names its ``pipeline_model``.
+        inputs: A batch as ``pipeline_step`` is given it; only shapes and dtypes count.
+        blocks: Dotted paths of the containers of the blocks, separated by commas; by default they are found.
+
+    Raises:
+        ValueError: If ``pipeline_model`` or ``blocks`` name nothing that is there.
+        UncuttableModelError: If the model is no chain of blocks.
+    """
+    assert isinstance(module, PipelineMixin)
+    path = module.pipeline_model
+    try:
+        model = module.get_submodule(path)
+    except AttributeError:
+        raise ValueError(f"pipeline_model={path!r}: {type(module).__name__} has no such module.") from None
+    names = None
+    if blocks is not None:
+        full = [name for container in blocks.split(",") for name in children_of(module, container.strip())]
+        outside = [name for name in full if not name.startswith(f"{path}.")]
+        if outside:
+            raise ValueError(f"blocks={blocks!r}: {outside[0]!r} is not inside of pipeline_model={path!r}.")
+        names = [name[len(path) + 1 :] for name in full]
+    trace = trace_forward(model, call_model, inputs, names)
+    return ModelStructure(tuple(f"{path}.{name}" for name in trace.blocks), model=path, trace=trace)
+
+
+def trace_forward(
+    model: nn.Module, run: Callable[[nn.Module, Any], Any], inputs: Any, blocks: Sequence[str] | None = None
+) -> ForwardTrace:
+    """Runs the forward of ``model`` on fake tensors.
+
+    Args:
+        model: The model, on any device; it is not changed.
+        run: Calls a model: ``run(model, inputs)``; what it returns must lead to the loss.
+        inputs: A batch, any nesting of tensors; those with as many rows as the first one are batched.
+        blocks: Names of the blocks, in any order; by default they are found.
+
+    Raises:
+        UncuttableModelError: If a block runs twice or not at all, or the blocks do not form a chain.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad():
+        copied = fake_copy(model)
+        for parameter in copied.parameters():
+            # What is not trained must reach later stages just the same.
+            parameter.requires_grad_(parameter.is_floating_point())
+        if blocks is None:
+            blocks = _find_blocks(copied, lambda: run(copied, fake_batch(inputs, _SAMPLES[0])))
+        first = _Run(copied, blocks, check=True)
+        first(run, fake_batch(inputs, _SAMPLES[0]))
+        second = _Run(copied, blocks)
+        second(run, fake_batch(inputs, _SAMPLES[1]))
+    return _combine(model, blocks, first, second)
+
+
+def fake_copy(part: nn.Module, device: torch.device | str = "cpu") -> nn.Module:
+    """The module with fake tensors for its parameters and buffers; to be called in fake mode."""
+    memo: dict[int, Any] = {}
+    for tensor in chain(part.parameters(), part.buffers()):
+        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        if isinstance(tensor, nn.Parameter):
+            memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad)
+        else:
+            memo[id(tensor)] = empty
+    return copy.deepcopy(part, memo).train()
+
+
+def batch_rows(inputs: Any) -> int:
+    """Samples in a batch: dimension 0 of its first tensor that has one.
+
+    Raises:
+        ValueError: If there is no such tensor.
+    """
+    for item in tree_flatten(inputs)[0]:
+        if isinstance(item, Tensor) and item.ndim:
+            return int(item.shape[0])
+    raise ValueError(f"inputs is a {type(inputs).__name__} without a tensor that has a batch dimension.")
+
+
+def fake_batch(inputs: Any, samples: int, device: torch.device | str = "cpu") -> Any:
+    """The batch with ``samples`` rows; to be called in fake mode."""
+    rows = batch_rows(inputs)
+
+    def fake(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        shape = list(value.shape)
+        if shape and shape[0] == rows:
+            shape[0] = samples
+        return torch.empty(shape, dtype=value.dtype, device=device)
+
+    return tree_map(fake, inputs)
+
+
+class _Run:
+    """One observed run."""
+
+    def __init__(self, model: nn.Module, blocks: Sequence[str], check: bool = False) -> None:
+        self.model = model
+        self.blocks = list(blocks)
+        self.check = check
+        self.order: list[str] = []
+        self.arguments: list[list[Any]] = []
+        self.sources: list[list[int | None]] = []
+        self.outside: dict[str, int] = {}
+        self.returned: dict[int, tuple[Tensor, int]] = {}
+        self.depth = 0
+        self.markers: dict[Tensor, int] = {}
+
+    def __call__(self, run: Callable[[nn.Module, Any], Any], inputs: Any) -> None:
+        inside = {id(part) for name in self.blocks for part in self.model.get_submodule(name).modules()}
+        handles = []
+        for name in self.blocks:
+            block = self.model.get_submodule(name)
+            handles.append(block.register_forward_pre_hook(partial(self._enter, name), with_kwargs=True, prepend=True))
+            handles.append(block.register_forward_hook(self._leave))
+        for name, part in self.model.named_modules():
+            if id(part) not in inside and (part._parameters or part._buffers):
+                handles.append(part.register_forward_pre_hook(partial(self._outside, name)))
+        try:
+            output = run(self.model, inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        missing = [name for name in self.blocks if name not in self.order]
+        if missing:
+            raise UncuttableModelError(f"block {missing[0]!r} did not run: name the container of the blocks that do.")
+        if self.check:
+            self._check_chain(len(self.order), tree_flatten(_plain(output))[0])
+
+    def _enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name in self.order:
+            raise UncuttableModelError(f"block {name!r} runs twice in one forward: a model that does cannot be cut.")
+        leaves, spec = tree_flatten((args, kwargs))
+        call = len(self.order)
+        if self.check:
+            self._check_chain(call, leaves)
+        self.order.append(name)
+        self.arguments.append(leaves)
+        self.sources.append([self._source(leaf) for leaf in leaves])
+        if not self.check:
+            return None
+        # A fresh start of the graph before every block: what reaches back further is then seen.
+        marked = [self._marked(leaf, call) for leaf in leaves]
+        return tree_unflatten(marked, spec)
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        for leaf in tree_flatten(output)[0]:
+            if isinstance(leaf, Tensor):
+                self.returned[id(leaf)] = leaf, len(self.order) - 1
+
+    def _outside(self, name: str, module: nn.Module, args: Any) -> None:
+        self.outside.setdefault(name, len(self.order))
+
+    def _source(self, leaf: Any) -> int | None:
+        known = self.returned.get(id(leaf))
+        return None if known is None else known[1]
+
+    def _marked(self, leaf: Any, call: int) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.requires_grad:
+            return leaf
+        marker = leaf.detach().requires_grad_()
+        self.markers[marker] = call
+        return marker
+
+    def _check_chain(self, call: int, leaves: Sequence[Any]) -> None:
+        """What is used from here on must come from the block just run, or have been among its arguments too."""
+        before = {id(leaf) for leaf in self.arguments[-1]} if self.arguments else set()
+        for leaf in leaves:
+            if not isinstance(leaf, Tensor) or not leaf.requires_grad or id(leaf) in before:
+                continue
+            for source in _graph_leaves(leaf):
+                origin = self.markers.get(source)
+                if origin is not None and origin != call - 1:
+                    here = f"block {self.blocks_ahead(call)}"
+                    raise UncuttableModelError(
+                        f"{here} uses what was given to block {self.order[origin]!r}, which is not the one before it:"
+                        " the model is no chain of blocks and cannot be cut."
+                    )
+
+    def blocks_ahead(self, call: int) -> str:
+        return repr(self.order[call]) if call < len(self.order) else f"number {call}, or what follows the last,"
+
+
+def _graph_leaves(tensor: Tensor) -> Iterator[Tensor]:
+    """Parameters and other starting points of the graph behind a tensor."""
+    if tensor.grad_fn is None:
+        yield tensor
+        return
+    seen, stack = set(), [tensor.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            yield variable
+        stack.extend(child for child, _ in node.next_functions if child is not None)
+
+
+def _plain(output: Any) -> Any:
+    """An output with attributes (a dataclass, say) as a dictionary."""
+    if isinstance(output, Mapping):
+        return dict(output)
+    return vars(output) if hasattr(output, "__dict__") and not isinstance(output, Tensor) else output
+
+
+def _combine(model: nn.Module, blocks: Sequence[str], first: _Run, second: _Run) -> ForwardTrace:
+    if first.order != second.order or [len(a) for a in first.arguments] != [len(a) for a in second.arguments]:
+        raise UncuttableModelError("the order of the blocks depends on the batch size: the model cannot be cut.")
+    calls = []
+    for position, name in enumerate(second.order):
+        leaves: list[Leaf | None] = []
+        for one, two, source in zip(
+            first.arguments[position], second.arguments[position], second.sources[position], strict=True
+        ):
+            if not isinstance(one, Tensor) or not isinstance(two, Tensor):
+                leaves.append(None)
+                continue
+            ratio = (one.shape[0], two.shape[0]) if one.ndim else (0, 0)
+            batched = ratio[0] != ratio[1]
+            if batched and ratio[0] * _SAMPLES[1] != ratio[1] * _SAMPLES[0]:
+                raise UncuttableModelError(
+                    f"block {name!r} is given a tensor of {ratio[0]} rows for {_SAMPLES[0]} samples and {ratio[1]} for"
+                    f" {_SAMPLES[1]}: expected the batch in dimension 0."
+                )
+            if source is not None and not two.is_floating_point():
+                raise UncuttableModelError(
+                    f"block {name!r} is given a tensor of {two.dtype} that an earlier block returned: only floating"
+                    " point can be sent between stages."
+                )
+            leaves.append(Leaf(source, batched, two.requires_grad))
+        calls.append((name, tuple(leaves)))
+    done = []
+    for position, (name, found) in enumerate(calls):
+        following = calls[position + 1][1] if position + 1 < len(calls) else ()
+        hands_over = any(leaf is not None and leaf.source == position for leaf in following)
+        done.append(BlockCall(name, found, hands_over))
+    return ForwardTrace(tuple(done), second.outside)
+
+
+def _find_blocks(model: nn.Module, run: Callable[[], Any]) -> list[str]:
+    """The class whose modules stand in containers and hold the most parameters; all of them, wherever they are.
+
+    Blocks that are chains of equal blocks themselves (the stages of a Swin transformer) are opened: more places to cut.
+    """
+    groups = children_of_one_class(model)
+    if not groups:
+        raise UncuttableModelError(
+            f"{type(model).__name__} has no list of two or more equal modules to parallelize. Name it, for example"
+            ' blocks="model.layers".'
+        )
+    chosen = max(groups, key=lambda group: group.parameters)
+    nested = [
+        group
+        for group in groups
+        if group.parameters >= 0.8 * chosen.parameters
+        and len(group.names) > len(chosen.names)
+        and all(any(name.startswith(f"{outer}.") for outer in chosen.names) for name in group.names)
+    ]
+    for group in sorted(nested, key=lambda group: len(group.names)):
+        if _is_chain(model, group.names, run):
+            return list(group.names)
+    return list(chosen.names)
+
+
+def _is_chain(model: nn.Module, names: Sequence[str], run: Callable[[], Any]) -> bool:
+    """Whether each module of a container is given what the one before it returned."""
+    watch = _Run(model, names)
+    try:
+        watch(lambda _model, _inputs: run(), None)
+    except UncuttableModelError:
+        return False
+    for call, name in enumerate(watch.order):
+        parent, _, child = name.rpartition(".")
+        if child != "0" and (call == 0 or call - 1 not in watch.sources[call]):
+            return False
+        if child != "0" and watch.order[call - 1].rpartition(".")[0] != parent:
+            return False
+    return True
