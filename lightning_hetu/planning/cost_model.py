@@ -15,13 +15,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_hetu.planning.pipeline import PipelineForm
+from lightning_hetu.planning.pipeline import PipelineForm, StageTimes
 from lightning_hetu.planning.plan import HybridPlan, PlanPrediction, Schedule
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "gathered",
 """Kinds of memory, in the order of a byte vector (``int64[6]``)."""
 
 Bytes = NDArray[np.int64]
+_ROUNDING = 1e-12
 
 
 def byte_vector(**sizes: float) -> Bytes:
@@ -76,9 +78,14 @@ class Setting:
             return self.num_microbatches
         return min(self.num_stages - stage, self.num_microbatches)
 
+    @cached_property
+    def _ends(self) -> tuple[int, ...]:
+        """Blocks up to the end of each stage."""
+        return tuple(accumulate(self.stages))
+
     def rows(self, stage: int) -> range:
         """Rows of a stage. Row 0 is the embedding, row ``i + 1`` block ``i``, the last row the head."""
-        ends = list(accumulate(self.stages))
+        ends = self._ends
         first = 0 if stage == 0 else ends[stage - 1] + 1
         return range(first, ends[stage] + (2 if stage == self.num_stages - 1 else 1))
 
@@ -117,12 +124,27 @@ class RowCost:
         sync: Additional seconds once per step.
         memory: Bytes per device.
         parts: Where the seconds go, by name; those of ``sync`` have names ending in ``_per_step``.
+        forward: The part of ``seconds`` that is forward, where the cost model tells it apart.
+        first_forward: The part of ``sync`` in the first forward of a step; what is in no other part is in the last
+            backward.
+        optimizer: The part of ``sync`` after the last backward.
     """
 
     seconds: float
     sync: float
     memory: RowMemory
     parts: Mapping[str, float] = field(default_factory=dict)
+    forward: float = 0.0
+    first_forward: float = 0.0
+    optimizer: float = 0.0
+
+    @property
+    def times(self) -> StageTimes:
+        """The same seconds as those of a stage of this row alone."""
+        last_backward = self.sync - self.first_forward - self.optimizer
+        if abs(last_backward) < _ROUNDING * abs(self.sync):
+            last_backward = 0.0
+        return StageTimes(self.forward, self.seconds - self.forward, self.first_forward, last_backward, self.optimizer)
 
 
 @dataclass(frozen=True)
@@ -151,8 +173,8 @@ class CostModel(ABC):
     """Whether the search may cut the model into stages of different numbers of blocks; needs ``exact_pipeline``."""
     exact_pipeline: bool = True
     """Whether the step time is that of :meth:`pipeline_form`: the search then trades time per microbatch against
-    synchronization across stages exactly. Otherwise it minimizes ``m * time + synchronization`` of every stage, as the
-    paper does."""
+    synchronization across stages exactly. Otherwise the step time is :meth:`iteration_time`, and the search minimizes
+    ``m * time + synchronization`` of every stage, as the paper does."""
 
     @abstractmethod
     def strategies(self, row: int, setting: Setting) -> list[LayerStrategy]:
@@ -170,16 +192,31 @@ class CostModel(ABC):
     def relayout_seconds(self, row: int, before: LayerStrategy, after: LayerStrategy, setting: Setting) -> float:
         """Seconds per microbatch to bring the output of row ``row - 1`` into the layout of ``row``, both directions."""
 
-    @abstractmethod
-    def iteration_time(self, seconds: Sequence[float], sync: Sequence[float], setting: Setting) -> float:
-        """Seconds of one step from the seconds per microbatch and the synchronization of every stage."""
+    def relayout_times(
+        self, row: int, before: LayerStrategy, after: LayerStrategy, setting: Setting
+    ) -> tuple[float, float]:
+        """The seconds of :meth:`relayout_seconds` in forward and in backward, where the cost model tells them apart."""
+        return 0.0, self.relayout_seconds(row, before, after, setting)
+
+    def step_time(self, stages: Sequence[StageTimes], setting: Setting) -> float:
+        """Seconds of one step from what every stage takes."""
+        if self.exact_pipeline:
+            return self.pipeline_form(setting).step_time(stages)
+        return self.iteration_time([stage.seconds for stage in stages], [stage.sync for stage in stages], setting)
 
     def pipeline_form(self, setting: Setting) -> PipelineForm:
-        """The closed form behind :meth:`iteration_time`, where there is one."""
+        """The closed form of the step time, where ``exact_pipeline``."""
         return PipelineForm(setting.num_microbatches, setting.schedule)
 
+    def iteration_time(self, seconds: Sequence[float], sync: Sequence[float], setting: Setting) -> float:
+        """Seconds of one step from the seconds per microbatch and the synchronization of every stage.
+
+        Only for models without ``exact_pipeline``. This is the textbook's ``(m - 1) max c + sum c``.
+        """
+        return (setting.num_microbatches - 1) * max(seconds) + sum(seconds) + sum(sync)
+
     def time_bound(self, seconds: Sequence[float], sync: Sequence[float], setting: Setting) -> float:
-        """No step is faster whose stages take at least these times."""
+        """No step is faster whose stages take at least these times; only for models without ``exact_pipeline``."""
         return self.iteration_time(seconds, sync, setting)
 
     @abstractmethod
@@ -217,8 +254,7 @@ class StageReport:
         rows: Rows of the stage.
         costs: Price of each.
         relayouts: Seconds per microbatch to relayout the input of each.
-        seconds: Seconds of one microbatch.
-        sync: Seconds of synchronization per step.
+        times: Seconds of all of them.
         peak: Bytes per device by category in the fullest phase.
         phase: Name of that phase.
     """
@@ -226,10 +262,19 @@ class StageReport:
     rows: range
     costs: tuple[RowCost, ...]
     relayouts: tuple[float, ...]
-    seconds: float
-    sync: float
+    times: StageTimes
     peak: Bytes
     phase: str
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of one microbatch."""
+        return self.times.seconds
+
+    @property
+    def sync(self) -> float:
+        """Seconds once per step."""
+        return self.times.sync
 
 
 def _while_running(costs: Sequence[RowCost], index: int, running: Bytes) -> Bytes:
@@ -282,17 +327,15 @@ def stage_report(model: CostModel, plan: HybridPlan, stage: int) -> StageReport:
     rows = setting.rows(stage)
     strategies = [strategy for _, strategy in plan.rows()]
     costs = tuple(model.row_cost(row, stage, strategies[row], setting) for row in rows)
-    relayouts = tuple(
-        0.0 if row == rows[0] else model.relayout_seconds(row, strategies[row - 1], strategies[row], setting)
-        for row in rows
-    )
+    relayouts = [(0.0, 0.0)]
+    relayouts += [model.relayout_times(row, strategies[row - 1], strategies[row], setting) for row in rows[1:]]
+    moves = [StageTimes(*pair) for pair in relayouts]
     peak, phase = peak_phase(costs)
     return StageReport(
         rows=rows,
         costs=costs,
-        relayouts=relayouts,
-        seconds=sum(cost.seconds for cost in costs) + sum(relayouts),
-        sync=sum(cost.sync for cost in costs),
+        relayouts=tuple(map(sum, relayouts)),
+        times=StageTimes(*np.sum([*(cost.times for cost in costs), *moves], axis=0).tolist()),
         peak=peak + model.stage_base(stage, setting, strategies),
         phase=phase,
     )
@@ -308,7 +351,7 @@ def predict(model: CostModel, plan: HybridPlan, *, memory_budget: int | None = N
     setting = Setting.of(plan)
     reserve = 0 if memory_budget is None else model.reserve(memory_budget)
     return PlanPrediction(
-        iteration_time=model.iteration_time([r.seconds for r in reports], [r.sync for r in reports], setting),
+        iteration_time=model.step_time([report.times for report in reports], setting),
         stage_times=tuple(report.seconds for report in reports),
         stage_memory=tuple(int(report.peak.sum()) + reserve for report in reports),
         memory_budget=memory_budget,

@@ -65,7 +65,7 @@ class StageChoice:
     """One way to choose the strategies of a stage.
 
     Args:
-        cost: Sum of each criterion, relayouts included in the first.
+        cost: Sum of each criterion, relayouts included.
         peak: Bytes in the fullest phase.
         options: Index of the chosen option of each row.
     """
@@ -105,16 +105,19 @@ def solve_stage(
     budget: float,
     supports: Sequence[Support],
     *,
+    comparison: Floats | None = None,
     incumbent: float = np.inf,
     limit: int = DEFAULT_LABEL_LIMIT,
 ) -> list[StageChoice]:
-    """All choices for one stage that fit and that no other one beats in every criterion.
+    """All choices for one stage that fit and that no other one beats in everything compared.
 
     Args:
         rows: Options of each row, ``L`` tables.
-        relayouts: ``L - 1`` arrays ``[S of row l, S of row l + 1]``: seconds added to the first criterion.
+        relayouts: ``L - 1`` arrays ``[S of row l, S of row l + 1, C]``: seconds added to each criterion. Without the
+            last axis they are added to the first one.
         budget: Bytes available.
         supports: Linear lower bounds on the final time, used with ``incumbent``; any of them may be the tightest.
+        comparison: ``[C, K]`` weights, at least 0, of what choices are compared by; if not given, by the criteria.
         incumbent: Time of a known plan. Choices that are proven worse are left out.
         limit: Labels kept per row and layout. Only above it the result may miss the optimum; the labels that are kept
             are spread over the whole range of memory.
@@ -122,8 +125,10 @@ def solve_stage(
     Returns:
         Choices in ascending order of cost; empty if none fits or none can beat ``incumbent``.
     """
-    rows, relayouts, kept = _drop_dominated_options(rows, relayouts)
     num_criteria = rows[0].cost.shape[1]
+    compare = np.eye(num_criteria) if comparison is None else comparison
+    spread = {id(matrix): _of_all_criteria(matrix, num_criteria) for matrix in relayouts}
+    rows, relayouts, kept = _drop_dominated_options(rows, [spread[id(matrix)] for matrix in relayouts], compare)
     bound = _Bound(rows, budget, supports, incumbent)
     history: list[_Labels] = []
     labels = _Labels(
@@ -135,31 +140,40 @@ def solve_stage(
         parent=np.zeros(1, dtype=np.int64),
         option=np.zeros(1, dtype=np.int64),
     )
-    incoming = np.zeros((1, len(rows[0].held)))
+    incoming = np.zeros((1, len(rows[0].held), num_criteria))
     track_step = any(np.any(row.step > np.minimum(row.held, row.working)) for row in rows)
     for index, row in enumerate(rows):
         labels = _extend(labels, row, incoming)
         labels = labels.take(np.flatnonzero(bound.keeps(labels, index)))
         if index + 1 < len(rows):
             # Options whose relayouts to the next row cost the same are one layout.
-            incoming, layout_of = np.unique(relayouts[index], axis=0, return_inverse=True)
-            layout_of = layout_of.reshape(-1)
+            _, first, layout_of = np.unique(
+                relayouts[index].reshape(len(row.held), -1), axis=0, return_index=True, return_inverse=True
+            )
+            incoming, layout_of = relayouts[index][first], layout_of.reshape(-1)
         else:
             layout_of = np.zeros(len(row.held), dtype=np.int64)
         labels.layout = layout_of[labels.option].astype(np.int64)
-        labels = _prune(labels, bound.final_time(labels, index), track_step=track_step, limit=limit)
+        labels = _prune(labels, bound.final_time(labels, index), compare, track_step=track_step, limit=limit)
         history.append(labels)
         if not labels.held.size:
             return []
     return _read_choices(history, kept)
 
 
+def _of_all_criteria(relayout: Floats, num_criteria: int) -> Floats:
+    """Relayout seconds ``[S, S, C]`` from those of the first criterion."""
+    if relayout.ndim == 3:
+        return relayout
+    found = np.zeros((*relayout.shape, num_criteria))
+    found[:, :, :1] = relayout[:, :, None] if num_criteria else 0.0
+    return found
+
+
 def _extend(labels: _Labels, row: RowTable, incoming: Floats) -> _Labels:
     """Every label with every option of the next row."""
     count, options = labels.held.size, row.held.size
-    cost = labels.cost[:, None, :] + row.cost[None]
-    if cost.shape[2]:
-        cost[..., 0] += incoming[labels.layout]
+    cost = labels.cost[:, None, :] + row.cost[None] + incoming[labels.layout]
     peak = np.maximum(labels.peak[:, None] + row.released, labels.held[:, None] + row.working)
     return _Labels(
         held=(labels.held[:, None] + row.held).reshape(-1),
@@ -172,47 +186,56 @@ def _extend(labels: _Labels, row: RowTable, incoming: Floats) -> _Labels:
     )
 
 
+class _Memory:
+    """What rows hold at least. Layers of one type share a table, so the work is per type."""
+
+    def __init__(self, rows: Sequence[RowTable]) -> None:
+        self.types = list({id(row): row for row in rows}.values())
+        position = {id(row): index for index, row in enumerate(self.types)}
+        self.which = np.array([position[id(row)] for row in rows])
+        self.counts = np.bincount(self.which)
+        self.released = self.suffix([float(row.released.min()) for row in self.types])
+        self.step = self.suffix([float(row.step.min()) for row in self.types])
+        # need[i]: of rows i and later while they run, on top of what the rows in front of them hold
+        held = [float(row.held.min()) for row in self.types]
+        working = [float(row.working.min()) for row in self.types]
+        self.need = np.zeros(len(rows) + 1)
+        for index in reversed(range(len(rows))):
+            kind = self.which[index]
+            later = held[kind] + self.need[index + 1] if index + 1 < len(rows) else 0.0
+            self.need[index] = max(working[kind] + self.released[index + 1], later)
+        # Two relaxed budgets: what is held at the end of forward, and what is left after backward.
+        self._tail = float((rows[-1].working - rows[-1].held).min())
+        # The peak starts with the first row's work, not with what that row has left.
+        self._head = max(0.0, float((rows[0].released - rows[0].working).max()))
+
+    def suffix(self, least: Sequence[float]) -> Floats:
+        """``out[i]`` is the sum of the least values of rows ``i`` and later; one entry longer than the rows."""
+        return np.concatenate([np.cumsum(np.array(least, dtype=float)[self.which][::-1])[::-1], [0.0]])
+
+    def budgets(self, budget: float) -> tuple[tuple[list[Floats], float], tuple[list[Floats], float]]:
+        """What is held and what is released by the options of each type, each with the bytes for all rows together."""
+        held, released = [row.held for row in self.types], [row.released for row in self.types]
+        return (held, budget - self._tail), (released, budget + self._head)
+
+
 class _Bound:
     """What the rows that are still to come must take at least: memory, and time at several prices per byte."""
 
     def __init__(self, rows: Sequence[RowTable], budget: float, supports: Sequence[Support], incumbent: float) -> None:
         self.budget = budget
         self.limit = incumbent * (1 + _RELATIVE_SLACK) if np.isfinite(incumbent) else np.inf
-        # Layers of one type share a table, so the work below is per type.
-        types = list({id(row): row for row in rows}.values())
-        position = {id(row): index for index, row in enumerate(types)}
-        which = np.array([position[id(row)] for row in rows])
-
-        def suffix(least: Sequence[float]) -> Floats:
-            """``out[i]`` is the sum of the least values of rows ``i`` and later; one entry longer than the rows."""
-            return np.concatenate([np.cumsum(np.array(least, dtype=float)[which][::-1])[::-1], [0.0]])
-
-        self.released = suffix([float(row.released.min()) for row in types])
-        self.step = suffix([float(row.step.min()) for row in types])
-        held = [float(row.held.min()) for row in types]
-        working = [float(row.working.min()) for row in types]
-        self.need = np.zeros(len(rows) + 1)
-        for index in reversed(range(len(rows))):
-            later = held[which[index]] + self.need[index + 1] if index + 1 < len(rows) else 0.0
-            self.need[index] = max(working[which[index]] + self.released[index + 1], later)
-
+        memory = _Memory(rows)
+        self.need, self.released, self.step = memory.need, memory.released, memory.step
         self.terms: list[tuple[Floats, float, str, float, Floats]] = []
-        counts = np.bincount(which)
-        # Two relaxed budgets: what is held at the end of forward, and what is left after backward.
-        tail = float((rows[-1].working - rows[-1].held).min())
-        # The peak starts with the first row's work, not with what that row has left.
-        head = max(0.0, float((rows[0].released - rows[0].working).max()))
-        budgets = {"held": budget - tail, "peak": budget + head}
-        sizes = {"held": [row.held for row in types], "peak": [row.released for row in types]}
         for support in supports:
             weights = np.array(support.weights)
-            times = [row.cost @ weights for row in types]
-            free = suffix([float(t.min()) for t in times])
-            self.terms.append((weights, 0.0, "held", support.constant, free))
-            for kind, capacity in budgets.items():
-                for price in _prices(times, sizes[kind], counts, capacity):
-                    least = [float((t + price * size).min()) for t, size in zip(times, sizes[kind], strict=True)]
-                    self.terms.append((weights, price, kind, support.constant - price * capacity, suffix(least)))
+            times = [row.cost @ weights for row in memory.types]
+            self.terms.append((weights, 0.0, "held", support.constant, memory.suffix([float(t.min()) for t in times])))
+            for kind, (sizes, capacity) in zip(("held", "peak"), memory.budgets(budget), strict=True):
+                for price in _prices(times, sizes, memory.counts, capacity):
+                    least = [float((t + price * size).min()) for t, size in zip(times, sizes, strict=True)]
+                    self.terms.append((weights, price, kind, support.constant - price * capacity, memory.suffix(least)))
 
     def keeps(self, labels: _Labels, index: int) -> NDArray[np.bool_]:
         """Whether a label may still lead to a plan that fits and beats the incumbent."""
@@ -234,33 +257,37 @@ class _Bound:
             np.maximum(best, labels.cost @ weights + price * size + (constant + suffix[index + 1]), out=best)
         return best
 
-    def root(self) -> float:
-        """Lower bound on the final time before anything is chosen; infinite if nothing fits."""
-        if self.need[0] > self.budget or self.step[0] > self.budget:
-            return np.inf
-        return max((constant + float(suffix[0]) for _, _, _, constant, suffix in self.terms), default=-np.inf)
 
+def _lagrangian_bounds(
+    times: Sequence[Floats], sizes: Sequence[Floats], counts: NDArray[np.intp], capacity: float
+) -> tuple[Floats, Floats]:
+    """Prices per byte, ascending, and the lower bound on the time that each gives.
 
-def _prices(times: Sequence[Floats], sizes: Sequence[Floats], counts: NDArray[np.intp], capacity: float) -> list[float]:
-    """Prices per byte near the one with the best Lagrangian bound, among the exchange rates the rows offer."""
-    rates: set[float] = set()
+    One of the exchange rates that the rows offer gives the best bound.
+    """
+    rates = []
     for time, size in zip(times, sizes, strict=True):
         saved, spent = time[:, None] - time[None], size[None] - size[:, None]
         useful = (saved > 0) & (spent > 0)
-        rates.update((saved[useful] / spent[useful]).tolist())
-    if not rates or not np.isfinite(capacity):
-        return []
-    prices = np.array(sorted(rates))
+        rates.append(saved[useful] / spent[useful])
+    prices = np.unique(np.concatenate(rates)) if np.isfinite(capacity) else np.zeros(0)
     values = -prices * capacity
     for time, size, count in zip(times, sizes, counts, strict=True):
         values = values + count * (time[None] + prices[:, None] * size[None]).min(axis=1)
-    best = int(values.argmax())
-    low = max(0, best - _NUM_PRICES // 2)
+    return prices, values
+
+
+def _prices(times: Sequence[Floats], sizes: Sequence[Floats], counts: NDArray[np.intp], capacity: float) -> list[float]:
+    """Prices per byte near the one with the best Lagrangian bound."""
+    prices, values = _lagrangian_bounds(times, sizes, counts, capacity)
+    if not prices.size:
+        return []
+    low = max(0, int(values.argmax()) - _NUM_PRICES // 2)
     return [float(price) for price in prices[low : low + _NUM_PRICES]]
 
 
 def _drop_dominated_options(
-    rows: Sequence[RowTable], relayouts: Sequence[Floats]
+    rows: Sequence[RowTable], relayouts: Sequence[Floats], compare: Floats
 ) -> tuple[list[RowTable], list[Floats], list[NDArray[np.intp]]]:
     """Leaves out options that another one of the same layout beats in time and memory; the first of equals stays."""
     kept: list[NDArray[np.intp]] = []
@@ -272,7 +299,7 @@ def _drop_dominated_options(
         after = relayouts[index] if index + 1 < len(rows) else None
         key = (id(row), id(before), id(after))
         if key not in done:
-            keep = _undominated_options(row, before, after)
+            keep = _undominated_options(row, before, after, compare)
             done[key] = keep, row.take(keep)
         kept.append(done[key][0])
         tables.append(done[key][1])
@@ -280,11 +307,13 @@ def _drop_dominated_options(
     return tables, between, kept
 
 
-def _undominated_options(row: RowTable, before: Floats | None, after: Floats | None) -> NDArray[np.intp]:
-    columns = [row.held, row.released, row.working, row.step, *row.cost.T]
+def _undominated_options(
+    row: RowTable, before: Floats | None, after: Floats | None, compare: Floats
+) -> NDArray[np.intp]:
+    columns = [row.held, row.released, row.working, row.step, *(row.cost @ compare).T]
     # A relayout into or out of an option is one more thing in which it must not be worse.
-    columns += [] if before is None else list(before)
-    columns += [] if after is None else list(after.T)
+    for relayout in (before, None if after is None else after.swapaxes(0, 1)):
+        columns += [] if relayout is None else [one for each in relayout @ compare for one in each.T]
     points = np.unique(np.stack(columns), axis=0)
     beats = (points[:, :, None] <= points[:, None, :]).all(axis=0)
     order = np.arange(row.held.size)
@@ -292,9 +321,9 @@ def _undominated_options(row: RowTable, before: Floats | None, after: Floats | N
     return np.flatnonzero(~loses)
 
 
-def _prune(labels: _Labels, final_time: Floats, *, track_step: bool, limit: int) -> _Labels:
+def _prune(labels: _Labels, final_time: Floats, compare: Floats, *, track_step: bool, limit: int) -> _Labels:
     """Keeps the labels of each layout that no other one beats in everything."""
-    columns = [labels.held, labels.peak, *labels.cost.T]
+    columns = [labels.held, labels.peak, *(labels.cost @ compare).T]
     if track_step:
         columns.append(labels.step)
     points = np.stack(columns, axis=1)
@@ -420,7 +449,15 @@ def fastest_choice(
 
 def time_bound(rows: Sequence[RowTable], budget: float, weights: Sequence[float]) -> float:
     """No choice that fits has a smaller weighted sum of criteria; infinite if it is plain that none fits."""
-    return _Bound(rows, budget, [Support(tuple(weights))], np.inf).root()
+    memory = _Memory(rows)
+    if memory.need[0] > budget or memory.step[0] > budget:
+        return np.inf
+    times = [row.cost @ np.array(weights) for row in memory.types]
+    best = sum(float(count * time.min()) for count, time in zip(memory.counts, times, strict=True))
+    for sizes, capacity in memory.budgets(budget):
+        values = _lagrangian_bounds(times, sizes, memory.counts, capacity)[1]
+        best = max(best, float(values.max(initial=-np.inf)))
+    return best
 
 
 def least_peak(rows: Sequence[RowTable], relayouts: Sequence[Floats]) -> float:
@@ -438,6 +475,6 @@ def least_peak(rows: Sequence[RowTable], relayouts: Sequence[Floats]) -> float:
             peak = max(peak + row.released[pick], held + row.working[pick])
             held, step = held + row.held[pick], step + row.step[pick]
         known = min(known, max(peak, step))
-    zeros = {id(matrix): np.zeros_like(matrix) for matrix in relayouts}
+    zeros = {id(matrix): np.zeros((*matrix.shape[:2], 0)) for matrix in relayouts}
     choices = solve_stage(free, [zeros[id(matrix)] for matrix in relayouts], known, [])
     return min(choice.peak for choice in choices)

@@ -87,6 +87,8 @@ class GalvatronCostModel(CostModel):
 
     def restrictions(self, setting: Setting) -> list[Restriction]:
         """No tensor parallelism without a gather buffer, or any up to a degree with a buffer of that degree."""
+        if not self.profile.sequence_parallel:
+            return super().restrictions(setting)
         found = [Restriction(lambda s: s.tp == 1, byte_vector())]
         for degree in powers_of_two(setting.devices_per_stage)[1:]:
             if setting.microbatch_size * degree % setting.devices_per_stage:

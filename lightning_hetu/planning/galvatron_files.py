@@ -15,6 +15,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,14 @@ class LatencyTable:
         """The measured point of exactly this size, otherwise the fitted line."""
         if megabytes in self.points:
             return self.points[megabytes]
+        slope, intercept = self._line
+        return slope * megabytes + intercept
+
+    @cached_property
+    def _line(self) -> tuple[float, float]:
         sizes = sorted(self.points)
         slope, intercept = np.polyfit(sizes, [self.points[size] for size in sizes], 1)
-        return float(slope * megabytes + intercept)
+        return float(slope), float(intercept)
 
 
 @dataclass(frozen=True)
@@ -236,7 +242,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not JSON: {error}.") from error
     if not isinstance(data, dict):
         raise ValueError(f"{path}: expected an object, got {type(data).__name__}.")

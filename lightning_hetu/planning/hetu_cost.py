@@ -21,7 +21,6 @@ from lightning_hetu.planning.cluster import ClusterSpec
 from lightning_hetu.planning.cost_model import Bytes, CostModel, RowCost, RowMemory, Setting, byte_vector
 from lightning_hetu.planning.enumeration import layer_strategies
 from lightning_hetu.planning.layer_strategy import LayerStrategy
-from lightning_hetu.planning.pipeline import FORWARD_SHARE, PipelineForm
 from lightning_hetu.planning.profile import LayerProfile, ModelProfile
 
 
@@ -107,10 +106,6 @@ class HetuCostModel(CostModel):
         self._gathered = self.constants.gathered_ratio
         self._reduced = self.constants.reduced_ratio
         self._memory_cache: dict[object, RowMemory] = {}
-        layers = [self.layer(row) for row in range(self.num_layers + 2)]
-        forward = sum(layer.forward_seconds(1) for layer in layers)
-        total = sum(layer.forward_seconds(1) * (1 + layer.backward_ratio) for layer in layers)
-        self._forward_share = forward / total if total > 0 else FORWARD_SHARE
 
     def layer(self, row: int) -> LayerProfile:
         """Profile of a row."""
@@ -195,43 +190,48 @@ class HetuCostModel(CostModel):
             seconds=forward_total
             + backward_total
             + overhead
-            + tensor
-            + border
+            + sum(tensor)
+            + sum(border)
             + (reduce_exposed if every_time else 0.0),
             sync=once_gather + optimizer + (0.0 if every_time else reduce_exposed),
             memory=self._memory(row, stage, strategy, setting),
             parts={
                 "forward": forward,
                 "backward": backward,
-                "tensor_parallel": tensor,
+                "tensor_parallel": sum(tensor),
                 "parameter_gather": forward_total + backward_total - forward - backward,
-                "stage_border": border,
+                "stage_border": sum(border),
                 "runtime": overhead,
                 "gradient_reduce" if every_time else "gradient_reduce_per_step": reduce_exposed,
                 "parameter_gather_per_step": once_gather,
                 "optimizer_per_step": optimizer,
             },
+            forward=forward_total + overhead / 2 + tensor[0] + border[0],
+            first_forward=once_gather,
+            optimizer=optimizer,
         )
 
     def _reduces_every_microbatch(self, strategy: LayerStrategy) -> bool:
         return strategy.dp_type != "ddp" and self.constants.reduce_every_microbatch
 
-    def _tensor_seconds(self, row: int, strategy: LayerStrategy, samples: float) -> float:
-        """All-reduces of activations of one microbatch, both directions."""
+    def _tensor_seconds(self, row: int, strategy: LayerStrategy, samples: float) -> tuple[float, float]:
+        """All-reduces of activations of one microbatch in forward and in backward."""
         if strategy.tp == 1:
-            return 0.0
+            return 0.0, 0.0
         c = self.constants
         if row == 0:
             # The embedding's input are indices; what it reduces is its output, the input of the first block.
-            count, message = c.tp_embedding_reduces, self.boundary_bytes(1) * samples
+            forward, backward, message = c.tp_embedding_reduces, 0, self.boundary_bytes(1) * samples
         elif row > self.num_layers:
-            count, message = c.tp_head_reduces, self.boundary_bytes(row) * samples
+            # The head reduces the gradient of its input.
+            forward, backward, message = 0, c.tp_head_reduces, self.boundary_bytes(row) * samples
         else:
-            count = c.tp_forward_reduces + c.tp_backward_reduces
-            count += c.tp_recompute_reduces if strategy.recompute else 0
+            forward, backward = c.tp_forward_reduces, c.tp_backward_reduces
+            backward += c.tp_recompute_reduces if strategy.recompute else 0
             message = self.boundary_bytes(row) * samples
         stride = 1 if strategy.tp_consecutive else strategy.shard_degree
-        return count * self.cluster.seconds("all_reduce", strategy.tp, message, stride=stride)
+        seconds = self.cluster.seconds("all_reduce", strategy.tp, message, stride=stride)
+        return forward * seconds, backward * seconds
 
     def _regroup_seconds(self, row: int, finer: int, coarser: int, setting: Setting) -> float:
         """One all-gather of the input of ``row`` from ``finer`` batch shards to ``coarser`` ones.
@@ -252,13 +252,20 @@ class HetuCostModel(CostModel):
         finer, coarser = (before, after) if before.dp > after.dp else (after, before)
         return self._regroup_seconds(row, finer.dp, coarser.dp, setting)
 
-    def _border_seconds(self, row: int, stage: int, strategy: LayerStrategy, setting: Setting) -> float:
-        """Communication at the borders of a stage, per microbatch.
+    def relayout_times(
+        self, row: int, before: LayerStrategy, after: LayerStrategy, setting: Setting
+    ) -> tuple[float, float]:
+        """Forward gathers on the way to fewer batch shards, backward on the way to more."""
+        seconds = self.relayout_seconds(row, before, after, setting)
+        return (seconds, 0.0) if before.dp > after.dp else (0.0, seconds)
 
-        Activations cross in the most sharded layout and are gathered on arrival; gradients likewise on their way back.
+    def _border_seconds(self, row: int, stage: int, strategy: LayerStrategy, setting: Setting) -> tuple[float, float]:
+        """Receiving over the borders of a stage, per microbatch: activations in forward, gradients in backward.
+
+        Both cross in the most sharded layout and are gathered on arrival.
         """
         rows = setting.rows(stage)
-        total = 0.0
+        found = []
         shards = self._border_shards(setting)
         devices = setting.devices_per_stage
         for border_row, sender in (
@@ -266,25 +273,18 @@ class HetuCostModel(CostModel):
             (row + 1 if row == rows[-1] and stage < setting.num_stages - 1 else None, stage),
         ):
             if border_row is None:
+                found.append(0.0)
                 continue
             message = self.boundary_bytes(border_row) * setting.microbatch_size / shards
             # Every rank talks to the one at its position in the next stage.
-            total += self.cluster.seconds("p2p", 2, message, stride=devices, first_rank=sender * devices)
-            total += self._regroup_seconds(border_row, shards, min(strategy.dp, shards), setting)
-        return total
+            seconds = self.cluster.seconds("p2p", 2, message, stride=devices, first_rank=sender * devices)
+            found.append(seconds + self._regroup_seconds(border_row, shards, min(strategy.dp, shards), setting))
+        return found[0], found[1]
 
     @staticmethod
     def _border_shards(setting: Setting) -> int:
         """Batch shards of what crosses a stage border: as many as devices, or as divide the microbatch."""
         return gcd(setting.microbatch_size, setting.devices_per_stage)
-
-    def iteration_time(self, seconds: Sequence[float], sync: Sequence[float], setting: Setting) -> float:
-        """Seconds of one step, see :mod:`~lightning_hetu.planning.pipeline`."""
-        return self.pipeline_form(setting).step_time(seconds, sync)
-
-    def pipeline_form(self, setting: Setting) -> PipelineForm:
-        """The closed form, with the share of forward in the whole model without recomputation."""
-        return PipelineForm(setting.num_microbatches, setting.schedule, self._forward_share)
 
     # ---- memory -----------------------------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from lightning_hetu.planning.cost_model import CostModel, Setting
 from lightning_hetu.planning.dynamic_programming import Floats, RowTable, time_bound
 from lightning_hetu.planning.layer_strategy import LayerStrategy
 from lightning_hetu.planning.partition import Cut, all_cuts, balanced_cut, count_cuts, neighbors
+from lightning_hetu.planning.pipeline import StageTimes
 from lightning_hetu.planning.search_space import Pins
 from lightning_hetu.planning.stage_search import Found, Prices, SettingSearch
 
@@ -70,13 +71,15 @@ class PartitionSearch:
 
     def _variant_bound(self, options: list[tuple[LayerStrategy, ...]], capacity: int) -> float:
         """All stages together hold all rows at least once: as if they were one stage of all their memory."""
-        setting = self.setting
-        count, rounds = setting.num_stages, setting.num_microbatches
+        setting, form = self.setting, self.model.pipeline_form(self.setting)
         rows = [self._plain_table(row, options[row]) for row in range(setting.num_rows)]
-        weight = self.model.pipeline_form(setting).even_weight(count)
-        together = time_bound(rows, count * capacity, (weight, 1.0))
-        slowest = max(float(row.cost[:, 0].min()) for row in rows)
-        return max(together, rounds * slowest + sum(float(row.cost[:, 1].min()) for row in rows))
+        weights = tuple(map(min, zip(*form.even_weights(setting.num_stages), strict=True)))
+        together = time_bound(rows, setting.num_stages * capacity, weights)
+        # The stage of a row takes that row's time in every round. Rows in front of it are passed, or in the same stage.
+        seconds = np.array([float(row.cost[:, :2].sum(axis=1).min()) for row in rows])
+        once = np.array([float(row.cost[:, 2:4].sum(axis=1).min()) for row in rows])
+        slowest = (setting.num_microbatches - 1) * seconds + seconds.cumsum() + once.cumsum()
+        return max(together, float(slowest.max()))
 
     def _plain_table(self, row: int, options: tuple[LayerStrategy, ...]) -> RowTable:
         """Prices of a row that is at no border of its stage and holds as few microbatches as any stage does."""
@@ -100,7 +103,9 @@ class PartitionSearch:
         if self._starts is None:
             stages, rows = self.setting.num_stages, self.setting.num_rows
             options = self.variants[0][0]
-            seconds = [float(self._plain_table(row, options[row]).cost[:, 0].min()) for row in range(rows)]
+            prices = [self._plain_table(row, options[row]).cost for row in range(rows)]
+            times = [StageTimes(*cost[cost[:, :2].sum(axis=1).argmin()].tolist()) for cost in prices]
+            seconds = [row.seconds for row in times]
             memory = np.array([[self._least_memory(row, stage) for row in range(rows)] for stage in range(stages)])
             form = self.model.pipeline_form(self.setting)
             bases = [int(self.model.stage_base(stage, self.setting).sum()) for stage in range(stages)]
@@ -108,7 +113,7 @@ class PartitionSearch:
                 "even": self.setting.stages,
                 "memory": _balanced(memory, np.array(bases, dtype=float)),
                 "time": _balanced(np.tile(seconds, (stages, 1)), np.zeros(stages)),
-                "fastest": form.fastest_cut(seconds[1:-1], seconds[0], seconds[-1], stages),
+                "fastest": form.fastest_cut(times[1:-1], times[0], times[-1], stages),
             }
         return self._starts
 
@@ -205,8 +210,9 @@ class PartitionSearch:
                 return
             search = self.cut(cut)
             bound, index = min((search.variant_bound(stages, capacity), i) for i, stages in enumerate(search.variants))
-            seconds = search.stage_bounds(search.variants[index], capacity)[0]
-            weights = form.stage_weights(seconds)
+            times = search.least_times(search.variants[index], capacity)
+            seconds = [time.seconds for time in times]
+            weights = form.stage_weights(times)
             stages = [stage for stage, count in enumerate(cut) if count > 1]
             relieved = sorted(stages, key=lambda stage: -weights[stage])[:_RELIEVED]
             roomy = sorted(range(len(cut)), key=lambda stage: (seconds[stage], stage))[:_RECEIVERS]

@@ -2,25 +2,32 @@
 
 The textbook ``(m - 1) max c + sum c`` (Galvatron-BMW, arXiv 2307.02031, section 3) is exact for stages of equal time.
 Where the slowest stage is an early one it is too much: under 1F1B that stage runs its first forwards, and its last
-backwards, while the stages behind it still fill and drain. A stage of time ``c`` with the times ``before`` it and
-``after`` it, which runs ``w = min(stages behind it, m - 1)`` forwards ahead of its first backward, makes a step take at
-least ::
+backwards, while the stages behind it still fill and drain. The exact time is the longest path through the actions of a
+step (PipeDream-Flush, arXiv 2006.09503). Let a stage take ``c = f + b`` for forward and backward of a microbatch, let
+``C``, ``G`` and ``R`` be the sums of ``c``, of what is done once in the first forward, and of what is done once in the
+last backward, over the first stage to it, and let it run ``w = min(stages behind it, m - 1)`` forwards ahead of its
+first backward. The longest path alternates between forward and backward at a stage ``s``; reaches it from the first
+forward by way of a stage ``t`` behind it, where it turns, and a stage ``v`` in front of ``t`` whose forward it repeats;
+and leaves it the same way to the last backward::
 
-    before + (m - w) c + max(w c / 3, after) + max(2 w c / 3, after)
+    fill[t] = C[t] + max over v <= t of (G[v] + w[t] f[v])
+    drain[t] = C[t] + max over v <= t of (R[v] + w[t] b[v])
+    T = max over s of ((m - 1 - w[s]) c[s] - C[s] + max over t >= s of fill[t] + max over t >= s of drain[t])
 
-if a third of its time is forward; the step takes the most that any stage asks for. The once-per-step work of the
-stages adds up: parameters are gathered in the first forward of a stage, for which the next stage waits, and gradients
-are reduced in its last backward, for which the stage in front waits.
+Under GPipe (arXiv 1811.06965) all forwards come first, and
+``T = sum c + max over v of (G[v] + (m - 1) f[v]) + max over v of (R[v] + (m - 1) b[v])``. Both equal
+:mod:`~lightning_hetu.planning.simulate`, which plays the step event by event. The optimizer is the one part that is
+bounded and not followed: its longest time in any stage comes on top.
 
-:mod:`~lightning_hetu.planning.simulate` plays the same step event by event. Of the plans that a search finds for 120
-random models, 118 are within 3 percent of it, and the worst is 3.8 percent too short: the share of forward is one
-number here, while it differs between stages.
+A search needs bounds that know little of the other stages. They leave out the paths that repeat one stage and turn or
+alternate at another one, unless that is the last.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,124 +36,196 @@ from lightning_hetu.planning.dynamic_programming import StageChoice, Support
 from lightning_hetu.planning.pareto import Floats, non_dominated
 from lightning_hetu.planning.plan import Schedule
 
-FORWARD_SHARE = 1 / 3
-"""Share of forward in the time of a stage where backward computes twice as much."""
 _LABEL_LIMIT = 256
 _CHOICE_LIMIT = 64
+_PREFIX_LIMIT = 64
 _TIE = 1e-9
 
-StageBound = Callable[[int, float], float]
-"""Least ``weight * seconds + sync`` of a stage, given the stage and the weight."""
+Weights = tuple[float, float, float, float, float]
+"""One for each of :class:`StageTimes`."""
+StageBound = Callable[[int, Weights], float]
+"""Least weighted sum of the times of a stage, given the stage and the weights."""
+
+
+class StageTimes(NamedTuple):
+    """Seconds of one stage.
+
+    Args:
+        forward: Forward of one microbatch.
+        backward: Backward of one microbatch.
+        first_forward: What the first forward of a step takes besides.
+        last_backward: What the last backward of a step takes besides.
+        optimizer: After the last backward; no other stage waits for it.
+    """
+
+    forward: float
+    backward: float
+    first_forward: float = 0.0
+    last_backward: float = 0.0
+    optimizer: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Of one microbatch."""
+        return self.forward + self.backward
+
+    @property
+    def sync(self) -> float:
+        """Once per step."""
+        return self.first_forward + self.last_backward + self.optimizer
+
+
+EVERY_MICROBATCH: Weights = (1.0, 1.0, 0.0, 0.0, 0.0)
+"""Weights that give :attr:`StageTimes.seconds`."""
+ONCE_PER_STEP: Weights = (0.0, 0.0, 1.0, 1.0, 1.0)
+"""Weights that give :attr:`StageTimes.sync`."""
+_PASSED: Weights = (1.0, 1.0, 1.0, 1.0, 0.0)
+"""Weights of a stage that the first forward and the last backward pass through."""
 
 
 @dataclass(frozen=True)
 class Demand:
     """A linear lower bound on the step time: what one stage asks for if it is the one that holds up the step.
 
-    The weight of a stage in front of it is 1, its own ``own``, that of a stage behind it ``behind``; every stage's sync
-    has weight 1.
+    Every stage in front of it is passed through once in each direction.
 
     Args:
         stage: That stage.
-        own: Its weight.
-        behind: Weight of the stages behind it.
+        own: Weights of its times.
+        behind: Weights of the times of the stages behind it.
         bound: The least value, given least values of each stage.
     """
 
     stage: int
-    own: float
-    behind: float
+    own: Weights
+    behind: Weights
     bound: float
 
-    def weight(self, stage: int) -> float:
-        """Weight of the seconds of a stage."""
-        return self.own if stage == self.stage else 1.0 if stage < self.stage else self.behind
+    def weights(self, stage: int) -> Weights:
+        """Weights of the times of a stage."""
+        return self.own if stage == self.stage else _PASSED if stage < self.stage else self.behind
 
 
 @dataclass(frozen=True)
 class PipelineForm:
     """The closed form of the time of one step.
 
-    ``seconds`` are of one microbatch in each stage, ``sync`` of each stage once per step.
-
     Args:
-        num_microbatches: ``m``.
+        num_microbatches: ``m``; under 1F1B at least the number of stages.
         schedule: ``gpipe`` runs all forwards before the first backward.
-        forward_share: Share of forward in the time of a stage.
     """
 
     num_microbatches: int
     schedule: Schedule = "1f1b"
-    forward_share: float = FORWARD_SHARE
 
-    def step_time(self, seconds: Sequence[float], sync: Sequence[float]) -> float:
-        """Seconds of one step."""
-        return max(self.stage_demands(seconds)) + sum(sync)
+    def step_time(self, stages: Sequence[Sequence[float]]) -> float:
+        """Seconds of one step, from the :class:`StageTimes` of every stage."""
+        return float(self.step_times(np.array(stages, dtype=float)))
 
-    def stage_demands(self, seconds: Sequence[float]) -> list[float]:
-        """Seconds that each stage makes a step take at least."""
-        total = sum(seconds)
+    def step_times(self, stages: Floats) -> Floats:
+        """Seconds of one step for each of many combinations of stages: ``[..., P, 5]`` to ``[...]``."""
+        forward, backward, _, _, optimizer = np.moveaxis(stages, -1, 0)
         if self.schedule == "gpipe":
-            return [(self.num_microbatches - 1) * own + total for own in seconds]
-        found, before, after = [], 0.0, total
-        for stage, own in enumerate(seconds):
-            after -= own
-            base, *shares = self._shares(stage, len(seconds))
-            found.append(before + base * own + sum(max(share * own, after, 0.0) for share in shares))
-            before += own
-        return found
+            fill, drain = (repeats[..., -1] for repeats in self._repeats(stages))
+            pipeline = (forward + backward).sum(axis=-1) + fill + drain
+        else:
+            fill, drain = (_largest_behind(turn) for turn in self._turns(stages))
+            pipeline = (self._alternations(stages) + fill + drain).max(axis=-1)
+        return np.asarray(pipeline + optimizer.max(axis=-1))
 
-    def stage_weights(self, seconds: Sequence[float]) -> list[float]:
-        """By how much the step gets longer per second that each stage does; the largest is the one to relieve."""
-        asked = self.stage_demands(seconds)
-        tied = [stage for stage, demand in enumerate(asked) if demand >= max(asked) * (1 - _TIE)]
-        weights = [0.0] * len(seconds)
-        for stage in tied:
-            own, behind = float(self.num_microbatches), 1.0
-            if self.schedule != "gpipe":
-                after = sum(seconds[stage + 1 :])
-                own, *shares = self._shares(stage, len(seconds))
-                longer = [share for share in shares if share * seconds[stage] > after]
-                own, behind = own + sum(longer), float(len(shares) - len(longer))
-            for other in range(len(seconds)):
-                weights[other] += own if other == stage else 1.0 if other < stage else behind
-        return [weight / len(tied) for weight in weights]
+    def _ahead(self, num_stages: int) -> Floats:
+        """Forwards that each stage runs ahead of its first backward, and as many backwards behind its last forward."""
+        if self.schedule == "gpipe":
+            return np.full(num_stages, self.num_microbatches - 1.0)
+        return np.asarray(np.minimum(np.arange(num_stages - 1.0, -1.0, -1.0), self.num_microbatches - 1.0))
 
-    def _shares(self, stage: int, num_stages: int) -> tuple[float, float, float]:
-        """Rounds of a stage that no other overlaps, and its work while the stages behind it fill, and while they drain.
+    def _alternations(self, stages: Floats) -> Floats:
+        """What a path gets for alternating at each stage, less what its ways in and out both count."""
+        both = stages[..., 0] + stages[..., 1]
+        return np.asarray((self.num_microbatches - 1 - self._ahead(both.shape[-1])) * both - both.cumsum(axis=-1))
 
-        It runs its first forwards ahead of its first backward, and as many backwards behind its last forward.
+    def _turns(self, stages: Floats) -> tuple[Floats, Floats]:
+        """The longest ways in that turn at each stage, and the longest ways out."""
+        done = (stages[..., 0] + stages[..., 1]).cumsum(axis=-1)
+        fill, drain = self._repeats(stages)
+        return done + fill, done + drain
+
+    def _repeats(self, stages: Floats) -> tuple[Floats, Floats]:
+        """The most that repeating one stage gives a path that turns at each stage, on its way in and on its way out."""
+        ways = self._repeat_table(stages[..., 0], stages[..., 2]), self._repeat_table(stages[..., 1], stages[..., 3])
+        return ways[0].max(axis=-1), ways[1].max(axis=-1)
+
+    def _repeat_table(self, seconds: Floats, once: Floats) -> Floats:
+        """``[..., turn, repeated stage]``: once-per-step work up to the repeated stage, and its repetitions."""
+        num_stages = seconds.shape[-1]
+        table = once.cumsum(axis=-1)[..., None, :] + self._ahead(num_stages)[:, None] * seconds[..., None, :]
+        return np.where(np.tri(num_stages, dtype=bool), table, -np.inf)
+
+    def stage_weights(self, stages: Sequence[Sequence[float]]) -> list[float]:
+        """By how much the step gets longer per second that each stage does; the largest is the one to relieve.
+
+        A second is split into forward and backward as the stage's time is. Of infinite stages, each is as bad.
         """
-        ahead = min(num_stages - 1 - stage, self.num_microbatches - 1)
-        return float(self.num_microbatches - ahead), self.forward_share * ahead, (1 - self.forward_share) * ahead
+        times = np.array(stages, dtype=float)
+        if not np.isfinite(times).all():
+            return [0.0 if finite else 1.0 for finite in np.isfinite(times).all(axis=1)]
+        count, ahead = len(times), self._ahead(len(times))
+        repeated = [
+            self._repeat_table(times[:, direction], times[:, 2 + direction]).argmax(axis=-1) for direction in (0, 1)
+        ]
+        weights = np.zeros((count, 2))
+        if self.schedule == "gpipe":
+            weights += 1
+            for direction in (0, 1):
+                weights[repeated[direction][-1], direction] += ahead[-1]
+        else:
+            turns, alternations = self._turns(times), self._alternations(times)
+            asked = alternations + sum(map(_largest_behind, turns))
+            tied = np.flatnonzero(asked >= asked.max() * (1 - _TIE))
+            for stage in tied:
+                weights[stage] += self.num_microbatches - 1 - ahead[stage]
+                weights[: stage + 1] -= 1
+                for direction, turn in enumerate(turns):
+                    last = count - 1 - int(turn[stage:][::-1].argmax())
+                    weights[: last + 1] += 1
+                    weights[repeated[direction][last], direction] += ahead[last]
+            weights /= len(tied)
+        both = times[:, :2].sum(axis=1)
+        shares = np.divide(times[:, :2], both[:, None], out=np.full((count, 2), 0.5), where=both[:, None] > 0)
+        return [float(weight) for weight in (weights * shares).sum(axis=1)]
 
-    def fastest_cut(self, seconds: Sequence[float], first: float, last: float, num_stages: int) -> tuple[int, ...]:
-        """The cut of the fastest step for blocks of given times, by dynamic programming over stages from the last one.
+    def fastest_cut(
+        self, blocks: Sequence[StageTimes], first: StageTimes, last: StageTimes, num_stages: int
+    ) -> tuple[int, ...]:
+        """The cut whose stages ask for least, see :meth:`demands`, by dynamic programming from the last stage on.
 
         Args:
-            seconds: Seconds of one microbatch in each block.
-            first: Seconds of what the first stage has besides.
-            last: Seconds of what the last stage has besides.
+            blocks: Times of every block. Only forward and backward count.
+            first: Those of what the first stage has besides.
+            last: Those of what the last stage has besides.
             num_stages: ``P``, at most the number of blocks.
+
+        Returns:
+            Blocks of each stage.
         """
-        blocks = len(seconds)
-        sums = np.concatenate([[0.0], np.cumsum(seconds)])
-        behind = sums[-1] - sums + last  # of the blocks from each one on, and the last row
+        count, ahead = len(blocks), self._ahead(num_stages)
+        sums = np.concatenate([np.zeros((1, 2)), np.cumsum([(b.forward, b.backward) for b in blocks], axis=0)])
+        behind = (sums[-1] - sums).sum(axis=1) + last.seconds  # of the blocks from each one on, and the last row
         behind[-1] = 0.0
         # best[a]: from the first forward to the last backward of stages that hold all blocks from a on
-        best = np.full(blocks + 1, np.inf)
+        best = np.full(count + 1, np.inf)
         best[-1] = 0.0
-        empty = np.tri(blocks + 1, dtype=bool)
+        empty = np.tri(count + 1, dtype=bool)
         ends = []
         for stage in reversed(range(num_stages)):
-            own = sums[None, :] - sums[:, None] + (first if stage == 0 else 0.0)
-            own[:, -1] += last
+            own = sums[None, :] - sums[:, None] + (np.array(first[:2]) if stage == 0 else 0.0)
+            own[:, -1] += last[:2]
+            both = own.sum(axis=2)
             if self.schedule == "gpipe":
-                total = np.maximum(own, best[None])
+                total = np.maximum(ahead[stage] * both, best[None])
             else:
-                base, *shares = self._shares(stage, num_stages)
-                waits = sum(np.maximum(share * own, behind[None]) for share in shares)
-                total = np.maximum(base * own + waits, own + best[None])
+                waits = np.maximum(ahead[stage] * own, behind[None, :, None]).sum(axis=2)
+                total = np.maximum((self.num_microbatches - ahead[stage]) * both + waits, both + best[None])
             total[empty] = np.inf
             ends.append(total.argmin(axis=1))
             best = total.min(axis=1)
@@ -159,47 +238,87 @@ class PipelineForm:
     # ---- bounds -----------------------------------------------------------------------------------------------------
 
     def demands(self, least: StageBound, num_stages: int) -> list[Demand]:
-        """All linear forms of which the step time is the largest.
+        """Linear lower bounds on the step time: paths that repeat the stage where they alternate or no stage at all.
 
         Args:
             least: What each stage takes at least.
             num_stages: ``P``.
         """
-        kinds = (1.0,) if self.schedule == "gpipe" else (0.0, 1.0, 2.0)
-        # behind_of[kind][s]: of the stages from s on
-        behind_of: dict[float, list[float]] = {}
-        for kind in kinds:
+        forms = [self._forms(stage, num_stages) for stage in range(num_stages)]
+        # behind_of[weights][s]: of the stages from s on
+        behind_of: dict[Weights, list[float]] = {}
+        for weights in {_PASSED, *(behind for form in forms for _, behind in form)}:
             values = [0.0]
             for stage in reversed(range(num_stages)):
-                values.append(values[-1] + least(stage, kind))
-            behind_of[kind] = values[::-1]
+                values.append(values[-1] + (least(stage, weights) if any(weights) else 0.0))
+            behind_of[weights] = values[::-1]
         found = []
-        for stage in range(num_stages):
-            before = behind_of[1.0][0] - behind_of[1.0][stage]
-            for own, behind in self._forms(stage, num_stages):
+        for stage, form in enumerate(forms):
+            before = behind_of[_PASSED][0] - behind_of[_PASSED][stage]
+            for own, behind in form:
                 bound = before + least(stage, own) + behind_of[behind][stage + 1]
                 found.append(Demand(stage, own, behind, bound))
         return found
 
-    def _forms(self, stage: int, num_stages: int) -> list[tuple[float, float]]:
-        """Own weight and weight of the stages behind, for each way in which a stage may hold up a step."""
+    def _forms(self, stage: int, num_stages: int) -> list[tuple[Weights, Weights]]:
+        """Own weights and weights of the stages behind, for each way in which a stage may hold up a step."""
+        rounds = float(self.num_microbatches)
+        repeated: Weights = (rounds, rounds, 1.0, 1.0, 1.0)
         if self.schedule == "gpipe":
-            return [(float(self.num_microbatches), 1.0)]
-        base, fill, drain = self._shares(stage, num_stages)
-        if fill + drain == 0:
-            return [(base, 0.0)]
-        return [(base + fill + drain, 0.0), (base + fill, 1.0), (base + drain, 1.0), (base, 2.0)]
+            return [(repeated, (1.0, 1.0, 0.0, 0.0, 0.0))]
+        base = rounds - float(self._ahead(num_stages)[stage])
+        if stage == num_stages - 1:
+            return [(repeated, (0.0, 0.0, 0.0, 0.0, 0.0))]
+        return [
+            (repeated, (0.0, 0.0, 0.0, 0.0, 0.0)),
+            ((base, rounds, 1.0, 1.0, 1.0), (1.0, 1.0, 1.0, 0.0, 0.0)),
+            ((rounds, base, 1.0, 1.0, 1.0), (1.0, 1.0, 0.0, 1.0, 0.0)),
+            ((base, base, 1.0, 1.0, 1.0), (2.0, 2.0, 1.0, 1.0, 0.0)),
+        ]
 
-    def even_weight(self, num_stages: int) -> float:
-        """A step takes at least this times the seconds of all stages, plus their sync, wherever the cuts are.
+    def time_bound(self, seconds: Sequence[float], forward: Sequence[float], backward: Sequence[float]) -> float:
+        """No step is faster whose stages take at least this long, together and in each direction.
 
-        Equal stages are the best ones: a weighting of what the stages ask for shows it for ``m > P``. For ``m = P``,
-        what the first two ask for shows a little less.
+        Args:
+            seconds: Of one microbatch; may be more than the other two together.
+            forward: Its forward.
+            backward: Its backward.
+        """
+        both, total, best, before = np.array(seconds), float(sum(seconds)), 0.0, 0.0
+        if self.schedule == "gpipe":
+            return float((self.num_microbatches - 1) * both.max() + total)
+        ahead = self._ahead(len(seconds)).tolist()
+        for stage, own in enumerate(seconds):
+            after = max(total - before - own, 0.0)
+            repeats, fill, drain = (ahead[stage] * time for time in (own, forward[stage], backward[stage]))
+            waits = max(repeats, after + fill, after + drain, 2 * after)
+            best = max(best, before + (self.num_microbatches - ahead[stage]) * own + waits)
+            before += own
+        return best
+
+    def even_weights(self, num_stages: int) -> list[Weights]:
+        """A step takes at least the sum of these times what each stage takes, wherever the cuts are.
+
+        Equal stages are the best ones: a weighting of :meth:`demands` without any repetitions shows it for ``m > P``.
+        For ``m = P``, what the first stage asks for shows a little less.
         """
         stages, rounds = num_stages, self.num_microbatches
-        if self.schedule == "gpipe" or rounds > stages:
-            return (rounds + stages - 1) / stages
-        return 2 * rounds / (rounds + 1)
+        even = (rounds + stages - 1) / stages
+        if self.schedule == "gpipe":
+            return [(even, even, 1 - s / stages, 1 - s / stages, 1 / stages) for s in range(stages)]
+        if rounds > stages:
+            return [(even, even, 1.0, 1.0, 1 / stages)] * stages
+        share = rounds / (rounds + 1)
+        return [(2 * share, 2 * share, 1.0, 1.0, 1.0), *[(2 * share, 2 * share, share, share, 0.0)] * (stages - 1)]
+
+    def comparison(self, stage: int, num_stages: int) -> Floats:
+        """What a choice for a stage must not be worse in to be as good whatever the others do; ``[5, 5]`` weights.
+
+        No path counts one direction more than ``w + 1`` times as often as the other one.
+        """
+        ahead = float(self._ahead(num_stages)[stage])
+        columns = [(1 + ahead, 1, 0, 0, 0), (1, 1 + ahead, 0, 0, 0), (0, 0, 1, 0, 0), (0, 0, 0, 1, 0), (0, 0, 0, 0, 1)]
+        return np.array(columns, dtype=float).T
 
     # ---- the best combination ---------------------------------------------------------------------------------------
 
@@ -208,73 +327,150 @@ class PipelineForm:
     ) -> tuple[float, list[StageChoice]] | None:
         """The choice for each stage that makes the fastest step, and its time; of equal times, that of smallest peak.
 
-        From the last stage to the first, what is kept of the stages behind is how long they take from their first
-        forward to their last backward, their sum, and their once-per-step work. That is exact while there are few
-        choices; of many, the most promising and an even selection are looked at.
+        From the last stage to the first, partial choices are compared by what the bounds tell of them. Where the best
+        one is longer than its bound, partial choices from the first stage on are followed exactly and cut off by the
+        bounds of the rest. The result is exact while there are few choices; of many, the most promising and an even
+        selection are looked at.
 
         Args:
-            fronts: Choices of each stage, with the criteria seconds and sync.
+            fronts: Choices of each stage, whose criteria are :class:`StageTimes`.
             incumbent: ``None`` is returned where nothing is as fast as this.
         """
-        stages = len(fronts)
-        least = [(min(c.cost[0] for c in front), min(c.cost[1] for c in front)) for front in fronts]
         tables = [self._thinned(front) for front in fronts]
-        labels = np.zeros((1, 4))  # longest turn (under gpipe: slowest stage), sum, once per step, largest peak
-        parents: list[NDArray[np.intp]] = []
-        picks: list[NDArray[np.intp]] = []
+        suffixes = self._suffixes(tables, incumbent)
+        if suffixes is None:
+            return None
+        labels, picks = suffixes[0]
+        times = self.step_times(
+            np.stack([table[pick, :5] for table, pick in zip(tables, picks.T, strict=True)], axis=1)
+        )
+        position = int(np.lexsort((labels[:, 4], times))[0])
+        best, chosen = float(times[position]), picks[position]
+        if best > float(self._bounds(labels).min()) * (1 + _TIE):
+            known = min(best, incumbent * (1 + 2 * _TIE))
+            better = self._from_the_first(tables, [labels for labels, _ in suffixes[1:]], known)
+            best, chosen = better or (best, chosen)
+        if best > incumbent * (1 + _TIE):
+            return None
+        indices = [int(table[pick, 6]) for table, pick in zip(tables, chosen, strict=True)]
+        return best, [front[index] for front, index in zip(fronts, indices, strict=True)]
+
+    def _suffixes(self, tables: Sequence[Floats], incumbent: float) -> list[tuple[Floats, NDArray[np.intp]]] | None:
+        """Partial choices for the stages from each one on, and for no stage at the end: labels and picks.
+
+        The columns of a label are a bound on the time from the first forward to the last backward, the longest way in
+        and the longest way out if the stages in front repeat nothing, the longest optimizer, and the largest peak.
+        Under ``gpipe`` the first one is the time of one microbatch, and the sum of the three is the time.
+        """
+        stages, ahead = len(tables), self._ahead(len(tables)).tolist()
+        gpipe = self.schedule == "gpipe"
+        least = [float(table[:, :4].sum(axis=1).min()) for table in tables]
+        found = [(np.zeros((1, 5)), np.zeros((1, 0), dtype=np.intp))]
         for stage in reversed(range(stages)):
-            own, sync, peak = (tables[stage][None, :, column] for column in range(3))
-            longest, after, once, fullest = (labels[:, None, column] for column in range(4))
-            if self.schedule == "gpipe":
-                turn = np.maximum(longest, own)
+            labels, picks = found[0]
+            total, fill, drain, step, fullest = (labels[:, None, column] for column in range(5))
+            forward, backward, first, last, optimizer, peak = (tables[stage][None, :, i] for i in range(6))
+            both, size = forward + backward, len(tables[stage])
+            passed = 0.0 if gpipe else both
+            fill = passed + first + np.maximum(fill, ahead[stage] * forward)
+            drain = passed + last + np.maximum(drain, ahead[stage] * backward)
+            if gpipe:
+                total = total + both
             else:
-                base, *shares = self._shares(stage, stages)
-                fill, drain = (np.maximum(share * own, after) for share in shares)
-                turn = np.maximum(base * own + fill + drain, own + longest)
-            columns = (turn, after + own, once + sync, np.maximum(fullest, peak))
-            points = np.stack([np.broadcast_to(column, turn.shape).reshape(-1) for column in columns], axis=1)
-            times = self._final(points) + sum(c + s for c, s in least[:stage])
+                rounds = (self.num_microbatches - 2 - ahead[stage]) * both
+                total = np.maximum(total + both + first + last, rounds + fill + drain)
+            columns = (total, fill, drain, np.maximum(step, optimizer), np.maximum(fullest, peak))
+            points = np.stack([np.broadcast_to(column, total.shape).reshape(-1) for column in columns], axis=1)
+            times = self._bounds(points) + sum(least[:stage])
             keep = np.flatnonzero(times <= incumbent * (1 + _TIE))
             if not keep.size:
                 return None
             # Of points that are equal but for the peak, the smaller one comes first and stays.
-            keep = keep[np.argsort(points[keep, 3], kind="stable")]
-            keep = keep[non_dominated(points[keep, :3])]
+            keep = keep[np.argsort(points[keep, 4], kind="stable")]
+            keep = keep[non_dominated(points[keep, :4])]
             if keep.size > _LABEL_LIMIT:
                 keep = keep[np.argsort(times[keep], kind="stable")[:_LABEL_LIMIT]]
-            parents.append(keep // own.size)
-            picks.append(tables[stage][keep % own.size, 3].astype(np.intp))
-            labels = points[keep]
-        times = self._final(labels)
-        position = int(np.lexsort((labels[:, 3], times))[0])
-        best, chosen = float(times[position]), []
-        for front, parent, pick in zip(fronts, reversed(parents), reversed(picks), strict=True):
-            chosen.append(front[int(pick[position])])
-            position = int(parent[position])
-        return best, chosen
+            found.insert(0, (points[keep], np.column_stack([keep % size, picks[keep // size]])))
+        return found
+
+    def _bounds(self, labels: Floats) -> Floats:
+        """Least step time of labels that hold all stages."""
+        pipeline = labels[:, :3].sum(axis=1) if self.schedule == "gpipe" else labels[:, 0]
+        return np.asarray(pipeline + labels[:, 3])
+
+    def _from_the_first(
+        self, tables: Sequence[Floats], suffixes: Sequence[Floats], incumbent: float
+    ) -> tuple[float, NDArray[np.intp]] | None:
+        """The choices that make a step faster than ``incumbent``, and its time: branch and bound from the first stage.
+
+        Args:
+            tables: Choices of each stage.
+            suffixes: Labels of the stages behind each one.
+            incumbent: Time to beat.
+        """
+        ahead = self._ahead(len(tables))
+        picks = np.zeros((1, 0), dtype=np.intp)
+        sums, step = np.zeros((3, 1)), np.zeros(1)  # of a microbatch, once forward and once backward; longest optimizer
+        ways_in, ways_out = (np.full((1, len(tables)), -np.inf) for _ in range(2))  # largest repetition for each turn
+        # Longest paths that alternate so far: from there on, from their way in or out on, and as a whole.
+        paths = np.full((4, 1), -np.inf)
+        for stage, table in enumerate(tables):
+            forward, backward, first, last, optimizer = table.T[:5]
+            done, once_in, once_out = sums[:, :, None] + np.stack([forward + backward, first, last])[:, None]
+            ways_in = np.maximum(ways_in[:, None], once_in[..., None] + ahead * forward[:, None])
+            ways_out = np.maximum(ways_out[:, None], once_out[..., None] + ahead * backward[:, None])
+            turn_in, turn_out = done + ways_in[..., stage], done + ways_out[..., stage]
+            here = (self.num_microbatches - 1 - ahead[stage]) * (forward + backward) - done
+            alternating = np.maximum(paths[0][:, None], here)
+            entered = np.maximum(paths[1][:, None], alternating + turn_in)
+            left = np.maximum(paths[2][:, None], alternating + turn_out)
+            whole = np.maximum(paths[3][:, None], np.maximum(entered + turn_out, left + turn_in))
+            picks = np.column_stack([np.repeat(picks, len(table), axis=0), np.tile(np.arange(len(table)), len(picks))])
+            sums = np.stack([done, once_in, once_out]).reshape(3, -1)
+            paths = np.stack([alternating, entered, left, whole]).reshape(4, -1)
+            step = np.maximum(step[:, None], optimizer).reshape(-1)
+            bounds = paths[3] + step if stage + 1 == len(tables) else _completed(sums, paths, step, suffixes[stage])
+            keep = np.flatnonzero(bounds < incumbent * (1 - _TIE))
+            keep = keep[np.argsort(bounds[keep], kind="stable")[:_PREFIX_LIMIT]]
+            if not keep.size:
+                return None
+            picks, sums, paths, step, bounds = picks[keep], sums[:, keep], paths[:, keep], step[keep], bounds[keep]
+            ways_in, ways_out = (ways.reshape(-1, len(tables))[keep] for ways in (ways_in, ways_out))
+        return float(bounds[0]), picks[0]
 
     def _thinned(self, front: Sequence[StageChoice]) -> Floats:
-        """Seconds, sync, peak and index of the choices of a stage: all of them, or a selection of many."""
+        """Times, peak and index of the choices of a stage: all of them, or a selection of many."""
         table = np.array([[*choice.cost, choice.peak, index] for index, choice in enumerate(front)])
         if len(front) <= _CHOICE_LIMIT:
             return table
-        order = np.argsort(table[:, 0], kind="stable")
+        seconds, sync = table[:, :2].sum(axis=1), table[:, 2:5].sum(axis=1)
+        order = np.argsort(seconds, kind="stable")
         even = order[np.unique(np.linspace(0, order.size - 1, _CHOICE_LIMIT // 2).astype(np.intp))]
-        promising = np.argsort(self.num_microbatches * table[:, 0] + table[:, 1], kind="stable")[: _CHOICE_LIMIT // 2]
+        promising = np.argsort(self.num_microbatches * seconds + sync, kind="stable")[: _CHOICE_LIMIT // 2]
         return table[np.union1d(even, promising)]
 
-    def _final(self, labels: Floats) -> Floats:
-        """Step time of labels that hold all stages."""
-        longest, total, once = labels[:, 0], labels[:, 1], labels[:, 2]
-        if self.schedule == "gpipe":
-            return np.asarray((self.num_microbatches - 1) * longest + total + once)
-        return np.asarray(longest + once)
+
+def _largest_behind(turns: Floats) -> Floats:
+    """The largest value at each stage or behind it."""
+    return np.maximum.accumulate(turns[..., ::-1], axis=-1)[..., ::-1]
+
+
+def _completed(sums: Floats, paths: Floats, step: Floats, suffix: Floats) -> Floats:
+    """Least step time of each partial choice for the first stages, over labels of the stages behind them."""
+    both, once_in, once_out = sums[:, :, None]
+    alternating, entered, left, whole = paths[:, :, None]
+    total, fill, drain, optimizer, _ = suffix.T
+    found = np.maximum(whole, both + once_in + once_out + total)
+    found = np.maximum(found, entered + both + once_out + drain)
+    found = np.maximum(found, left + both + once_in + fill)
+    found = np.maximum(found, alternating + 2 * both + once_in + once_out + fill + drain)
+    return np.asarray((found + np.maximum(step[:, None], optimizer)).min(axis=1))
 
 
 def stage_supports(demands: Sequence[Demand], least: StageBound, stage: int) -> list[Support]:
-    """Linear lower bounds on the step time in the seconds and sync of one stage, from :meth:`PipelineForm.demands`."""
-    best: dict[float, float] = {}
+    """Linear lower bounds on the step time in the times of one stage, from :meth:`PipelineForm.demands`."""
+    best: dict[Weights, float] = {}
     for demand in demands:
-        weight = demand.weight(stage)
-        best[weight] = max(best.get(weight, -np.inf), demand.bound - least(stage, weight))
-    return [Support((weight, 1.0), constant) for weight, constant in best.items()]
+        weights = demand.weights(stage)
+        best[weights] = max(best.get(weights, -np.inf), demand.bound - (least(stage, weights) if any(weights) else 0.0))
+    return [Support(weights, constant) for weights, constant in best.items()]

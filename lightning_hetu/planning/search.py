@@ -217,13 +217,21 @@ def _search_settings(settings: list[Candidates], capacity: int, progress: Progre
     best: Found | None = None
     for done, (bound, index) in enumerate(sorted(bounds), start=1):
         incumbent = float("inf") if best is None else best.time
-        if bound < float("inf") and bound <= incumbent * (1 + _TIE):
+        if bound < float("inf") and _may_beat(settings[index].setting, bound, best):
             found = settings[index].best(capacity, incumbent)
             if found is not None and (best is None or _beats(found, best)):
                 best = found
         if progress is not None:
             progress(done, len(settings))
     return best
+
+
+def _may_beat(setting: Setting, bound: float, best: Found | None) -> bool:
+    """Whether a setting whose plans take at least ``bound`` may hold one that beats the best known plan."""
+    if best is None or bound < best.time * (1 - _TIE):
+        return True
+    behind = (setting.num_microbatches, setting.num_stages) > _rank(best)[:2]
+    return bound <= best.time * (1 + _TIE) and not behind
 
 
 def _beats(found: Found, other: Found) -> bool:

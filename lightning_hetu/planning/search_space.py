@@ -124,7 +124,8 @@ class Pins:
         """Every combination of stages, microbatches and schedule for one batch size, fewest of each first.
 
         Stages are of even size where the cut is not pinned; :attr:`free_cut` says whether others may be tried.
-        Of the schedules, only ``1f1b`` is searched: ``gpipe`` takes the same time and at least the same memory.
+        Of the schedules, only ``1f1b`` is searched: ``gpipe`` takes at least the same memory, and the same time but for
+        what happens once per step.
         """
         schedule: Schedule = self.schedule or "1f1b"
         for count in self._stage_counts(model):

@@ -2,7 +2,8 @@
 
 Inside a stage the dynamic program is exact. Across stages, the step time depends on the slowest stages, so the least
 sum of times is not always best: a stage that is not the slowest may trade its own time for a shorter synchronization.
-The stages are therefore solved for both, time per microbatch and synchronization, and their best choices combined.
+Nor is one second like another: forward, backward, and what is done once in the first forward or the last backward fall
+to different places of the step. The stages are therefore solved for all of them, and their best choices combined.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ from lightning_hetu.planning.dynamic_programming import (
     time_bound,
 )
 from lightning_hetu.planning.layer_strategy import LayerStrategy
-from lightning_hetu.planning.pipeline import stage_supports
+from lightning_hetu.planning.pipeline import EVERY_MICROBATCH, ONCE_PER_STEP, StageTimes, Weights, stage_supports
 from lightning_hetu.planning.plan import HybridPlan
 from lightning_hetu.planning.search_space import Pins
 
 _PIPELINE_LABEL_LIMIT = 1024
 _TIE = 1e-9
+_DIRECTIONS: tuple[Weights, Weights] = (1.0, 0.0, 0.0, 0.0, 0.0), (0.0, 1.0, 0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -38,20 +40,17 @@ class StageTables:
 
     Args:
         options: Strategies of each row.
-        rows: Their prices; criteria are seconds per microbatch and synchronization.
-        relayouts: Seconds per microbatch between the options of neighboring rows.
+        rows: Their prices; criteria are those of :class:`~lightning_hetu.planning.pipeline.StageTimes`.
+        relayouts: The same between the options of neighboring rows.
         base: Bytes that belong to no row.
+        key: Equal for stages of the same prices.
     """
 
     options: tuple[tuple[LayerStrategy, ...], ...]
     rows: tuple[RowTable, ...]
     relayouts: tuple[Floats, ...]
     base: int
-
-    @property
-    def key(self) -> tuple[int, ...]:
-        """Equal for stages of the same prices, which are the same objects then."""
-        return tuple(map(id, (*self.rows, *self.relayouts)))
+    key: int
 
 
 @dataclass(frozen=True)
@@ -106,6 +105,25 @@ class Prices:
         self._peaks: dict[Hashable, float] = {}
         self._held: dict[Hashable, float] = {}
         self._bounds: dict[Hashable, float] = {}
+        self._stages: dict[Hashable, StageTables] = {}
+        self._keys: dict[tuple[int, ...], int] = {}
+
+    def stage(self, stage: int, variant: int, setting: Setting) -> StageTables:
+        """All prices of a stage, which are the same in all cuts that give it the same rows."""
+        rows = setting.rows(stage)
+        if (stage, rows, variant) not in self._stages:
+            options, extra = self.variants[variant]
+            tables = tuple(self.table(row, stage, options[row], setting) for row in rows)
+            relayouts = tuple(self.relayout(row, options[row - 1], options[row], setting) for row in rows[1:])
+            self._stages[stage, rows, variant] = StageTables(
+                options=tuple(options[row] for row in rows),
+                rows=tables,
+                relayouts=relayouts,
+                base=int(self.model.stage_base(stage, setting).sum()) + extra,
+                # Equal prices are the same objects.
+                key=self._keys.setdefault(tuple(map(id, (*tables, *relayouts))), len(self._keys)),
+            )
+        return self._stages[stage, rows, variant]
 
     def table(self, row: int, stage: int, options: tuple[LayerStrategy, ...], setting: Setting) -> RowTable:
         """Prices of the options of a row in a stage."""
@@ -123,7 +141,7 @@ class Prices:
                 released=np.array([float(m.released.sum()) for m in memory]),
                 working=np.array([float(max(m.forward.sum(), m.backward.sum())) for m in memory]),
                 step=np.array([float(m.step.sum()) for m in memory]),
-                cost=np.array([[cost.seconds, cost.sync] for cost in costs]),
+                cost=np.array([cost.times for cost in costs]),
             )
         return self._tables[key]
 
@@ -138,23 +156,23 @@ class Prices:
     def relayout(
         self, row: int, before: tuple[LayerStrategy, ...], after: tuple[LayerStrategy, ...], setting: Setting
     ) -> Floats:
-        """Seconds per microbatch from each option of the row in front of ``row`` to each of its own."""
+        """Seconds, ``[S, S, 5]``, from each option of the row in front of ``row`` to each of its own."""
         key = (self.model.row_kind(row), self.model.row_kind(row - 1), id(before), id(after))
         if key not in self._relayouts:
-            self._relayouts[key] = np.array(
-                [[self.model.relayout_seconds(row, a, b, setting) for b in after] for a in before]
-            )
+            found = np.zeros((len(before), len(after), len(StageTimes._fields)))
+            found[:, :, :2] = [[self.model.relayout_times(row, a, b, setting) for b in after] for a in before]
+            self._relayouts[key] = found
         return self._relayouts[key]
 
-    def bound(self, stage: StageTables, capacity: int, weights: tuple[float, float]) -> float:
+    def bound(self, stage: StageTables, capacity: int, weights: Weights) -> float:
         """No choice of a stage that fits has a smaller weighted sum, remembered; infinite if plainly none fits."""
         key = (stage.key, capacity - stage.base, weights)
         if key not in self._bounds:
             self._bounds[key] = time_bound(stage.rows, capacity - stage.base, weights)
         return self._bounds[key]
 
-    def least_sum(self, stage: StageTables, capacity: int, weights: tuple[float, float]) -> StageChoice | None:
-        """The choice of least weighted sum of time and synchronization of one stage, remembered."""
+    def least_sum(self, stage: StageTables, capacity: int, weights: Weights) -> StageChoice | None:
+        """The choice of least weighted sum of the times of one stage, remembered."""
         key = (stage.key, capacity - stage.base, weights)
         if key not in self._choices:
             self._choices[key] = least_sum(stage, capacity, weights, np.inf)
@@ -178,18 +196,9 @@ class SettingSearch:
         self.setting = setting
         self.prices = prices or Prices(model, setting, pins)
         self.variants = [
-            [self._stage_tables(stage, options, extra) for stage in range(setting.num_stages)]
-            for options, extra in self.prices.variants
+            [self.prices.stage(stage, index, setting) for stage in range(setting.num_stages)]
+            for index in range(len(self.prices.variants))
         ]
-
-    def _stage_tables(self, stage: int, options: Sequence[tuple[LayerStrategy, ...]], extra: int) -> StageTables:
-        rows, prices = self.setting.rows(stage), self.prices
-        return StageTables(
-            options=tuple(options[row] for row in rows),
-            rows=tuple(prices.table(row, stage, options[row], self.setting) for row in rows),
-            relayouts=tuple(prices.relayout(row, options[row - 1], options[row], self.setting) for row in rows[1:]),
-            base=int(self.model.stage_base(stage, self.setting).sum()) + extra,
-        )
 
     # ---- search -----------------------------------------------------------------------------------------------------
 
@@ -199,25 +208,37 @@ class SettingSearch:
 
     def variant_bound(self, stages: Sequence[StageTables], capacity: int) -> float:
         """No plan of a variant in ``capacity`` bytes is faster; infinite if plainly none fits."""
-        additive = len(stages) == 1 and self.model.additive_sync
-        if additive:
-            return self.prices.bound(stages[0], capacity, (self.setting.num_microbatches, 1.0))
-        seconds, sync = self.stage_bounds(stages, capacity)
-        if not np.all(np.isfinite([*seconds, *sync])):
+        if len(stages) == 1 and self.model.additive_sync:
+            return self.prices.bound(stages[0], capacity, self._in_turn)
+        seconds, once = (self.stage_bounds(stages, capacity, weights) for weights in (EVERY_MICROBATCH, ONCE_PER_STEP))
+        if not np.all(np.isfinite([*seconds, *once])):
             return np.inf
-        bound = self.model.time_bound(seconds, sync, self.setting)
         if len(stages) == 1 or not self.model.exact_pipeline:
-            return bound
+            return self.model.time_bound(seconds, once, self.setting)
+        form = self.model.pipeline_form(self.setting)
+        forward, backward = (self.stage_bounds(stages, capacity, weights) for weights in _DIRECTIONS)
+        bound = form.time_bound(seconds, forward, backward)
         # Time and synchronization are bounded together: the option that is best in one is seldom best in the other.
-        weight = self.model.pipeline_form(self.setting).even_weight(len(stages))
-        return max(bound, sum(self.prices.bound(stage, capacity, (weight, 1.0)) for stage in stages))
+        even = zip(stages, form.even_weights(len(stages)), strict=True)
+        return max(bound, sum(self.prices.bound(stage, capacity, weights) for stage, weights in even))
 
-    def stage_bounds(self, stages: Sequence[StageTables], capacity: int) -> tuple[list[float], list[float]]:
-        """Least seconds per microbatch and least synchronization of each stage of a variant."""
-        first, second = (
-            [self.prices.bound(stage, capacity, weights) for stage in stages] for weights in ((1.0, 0.0), (0.0, 1.0))
+    def stage_bounds(self, stages: Sequence[StageTables], capacity: int, weights: Weights) -> list[float]:
+        """Least weighted sum of the times of each stage of a variant."""
+        return [self.prices.bound(stage, capacity, weights) for stage in stages]
+
+    def least_times(self, stages: Sequence[StageTables], capacity: int) -> list[StageTimes]:
+        """Times of one microbatch of each stage of a variant that add up to the least ones; infinite if none fits."""
+        seconds, forward = (
+            self.stage_bounds(stages, capacity, weights) for weights in (EVERY_MICROBATCH, _DIRECTIONS[0])
         )
-        return first, second
+        pairs = zip(seconds, forward, strict=True)
+        return [StageTimes(part, whole - part if np.isfinite(part) else np.inf) for whole, part in pairs]
+
+    @property
+    def _in_turn(self) -> Weights:
+        """Weights that give the step time of a single stage."""
+        rounds = float(self.setting.num_microbatches)
+        return rounds, rounds, 1.0, 1.0, 1.0
 
     def least_peak(self) -> int:
         """Fewest bytes with which this setting has a plan.
@@ -259,20 +280,21 @@ class SettingSearch:
 
     def _solve(self, stages: Sequence[StageTables], capacity: int, known: float) -> list[StageChoice] | None:
         """The best choice of every stage together, or ``None``."""
-        microbatches = self.setting.num_microbatches
+        in_turn = self._in_turn
+        free_sync = (*in_turn[:2], 0.0, 0.0, 0.0)
         if len(stages) == 1 and self.model.additive_sync:
-            choice = least_sum(stages[0], capacity, (microbatches, 1.0), known)
+            choice = least_sum(stages[0], capacity, in_turn, known)
             return None if choice is None else [choice]
         # Every stage for itself gives a good plan to prune with.
         best: list[StageChoice] | None = None
-        for weights in ((microbatches, 1.0), (1.0, 1.0) if len(stages) > 1 else (microbatches, 0.0)):
+        for weights in (in_turn, (1.0, 1.0, 1.0, 1.0, 1.0) if len(stages) > 1 else free_sync):
             choices = self._each_alone(stages, capacity, weights)
             if choices is None:
                 return None
             if best is None or self._time(choices) < self._time(best):
                 best = choices
             # A single stage takes at least ``m * time`` and at least ``m * time + synchronization``.
-            least = weights[0] * choices[0].cost[0] + weights[1] * choices[0].cost[1]
+            least = sum(weight * cost for weight, cost in zip(weights, choices[0].cost, strict=True))
             if len(stages) == 1 and self._time(choices) <= least * (1 + _TIE):
                 return choices
         assert best is not None  # One of the two weightings has set it.
@@ -280,8 +302,8 @@ class SettingSearch:
             return best
         known = min(known, self._time(best))
 
-        def at_least(stage: int, weight: float) -> float:
-            return self.prices.bound(stages[stage], capacity, (weight, 1.0))
+        def at_least(stage: int, weights: Weights) -> float:
+            return self.prices.bound(stages[stage], capacity, weights)
 
         form = self.model.pipeline_form(self.setting)
         asked = form.demands(at_least, len(stages))
@@ -291,9 +313,16 @@ class SettingSearch:
         for index, stage in enumerate(stages):
             supports = stage_supports(asked, at_least, index)
             if len(stages) == 1:  # its synchronization may be hidden, but not be less than free
-                supports.append(Support((microbatches, 0.0)))
-            budget, limit = capacity - stage.base, _PIPELINE_LABEL_LIMIT
-            front = solve_stage(stage.rows, stage.relayouts, budget, supports, incumbent=known, limit=limit)
+                supports.append(Support(free_sync))
+            front = solve_stage(
+                stage.rows,
+                stage.relayouts,
+                capacity - stage.base,
+                supports,
+                comparison=form.comparison(index, len(stages)),
+                incumbent=known,
+                limit=_PIPELINE_LABEL_LIMIT,
+            )
             if not front:
                 return None
             fronts.append(front)
@@ -303,31 +332,27 @@ class SettingSearch:
         # Every stage for itself was at least as good as what was left out.
         return best if combined is None or combined[0] > self._time(best) else combined[1]
 
-    def _each_alone(
-        self, stages: Sequence[StageTables], capacity: int, weights: tuple[float, float]
-    ) -> list[StageChoice] | None:
-        """The least weighted sum of time and synchronization of each stage; ``None`` if one does not fit."""
+    def _each_alone(self, stages: Sequence[StageTables], capacity: int, weights: Weights) -> list[StageChoice] | None:
+        """The least weighted sum of the times of each stage; ``None`` if one does not fit."""
         choices = [self.prices.least_sum(stage, capacity, weights) for stage in stages]
         found = [choice for choice in choices if choice is not None]
         return found if len(found) == len(stages) else None
 
     def _time(self, choices: Sequence[StageChoice]) -> float:
-        return self.model.iteration_time([c.cost[0] for c in choices], [c.cost[1] for c in choices], self.setting)
+        return self.model.step_time([StageTimes(*choice.cost) for choice in choices], self.setting)
 
 
-def least_sum(stage: StageTables, capacity: int, weights: tuple[float, float], incumbent: float) -> StageChoice | None:
-    """The choice of least weighted sum of one stage, with both criteria."""
+def least_sum(stage: StageTables, capacity: int, weights: Weights, incumbent: float) -> StageChoice | None:
+    """The choice of least weighted sum of one stage, with all criteria."""
     # Layers of one type stay one object: the dynamic program works once for all of them.
-    summed = {
-        id(r): RowTable(r.held, r.released, r.working, r.step, (r.cost @ np.array(weights))[:, None])
-        for r in stage.rows
-    }
-    scaled = {id(matrix): weights[0] * matrix for matrix in stage.relayouts}
+    factors = np.array(weights)
+    summed = {id(r): RowTable(r.held, r.released, r.working, r.step, (r.cost @ factors)[:, None]) for r in stage.rows}
+    scaled = {id(matrix): matrix @ factors for matrix in stage.relayouts}
     rows, relayouts = [summed[id(r)] for r in stage.rows], [scaled[id(matrix)] for matrix in stage.relayouts]
     choice = fastest_choice(rows, relayouts, capacity - stage.base, incumbent=incumbent)
     if choice is None:
         return None
     cost = sum(row.cost[option] for row, option in zip(stage.rows, choice.options, strict=True))
     pairs = zip(stage.relayouts, choice.options[:-1], choice.options[1:], strict=True)
-    seconds = float(cost[0]) + sum(float(matrix[a, b]) for matrix, a, b in pairs)
-    return StageChoice((seconds, float(cost[1])), choice.peak, choice.options)
+    cost = sum((matrix[a, b] for matrix, a, b in pairs), start=cost)
+    return StageChoice(tuple(cost.tolist()), choice.peak, choice.options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import sys
@@ -17,12 +18,16 @@ from lightning_hetu.planning import (
     HetuCostModel,
     HybridPlan,
     LayerProfile,
+    LayerStrategy,
     ModelProfile,
+    NoFeasiblePlanError,
     evaluate,
+    layer_strategies,
     search,
     time_breakdown,
 )
 from lightning_hetu.planning.cost_model import CATEGORIES, Setting, stage_report
+from lightning_hetu.planning.plan import Schedule
 from lightning_hetu.planning.schedules import Action, PipelineSchedule, action_lists
 from lightning_hetu.planning.simulate import simulate, simulate_pipeline
 from lightning_hetu.planning.timeline import Event, Simulation
@@ -335,6 +340,82 @@ def test_a_single_stage_is_the_closed_form() -> None:
         assert not found.transfers
 
 
+def random_plan(rng: random.Random, schedule: Schedule) -> tuple[HybridPlan, ModelProfile, ClusterSpec]:
+    """Any cut, any strategy in every row, and so stages of very different ratios of forward to backward."""
+    stages = rng.choice((2, 4, 8))
+    size = rng.choice((1, 2, 4))
+    layers = rng.randint(stages, 12)
+    profile, devices = random_model(rng, layers), random_cluster(rng, stages * size)
+    ends = sorted(rng.sample(range(1, layers), stages - 1))
+    microbatches = rng.choice([count for count in (2, 4, 8, 16) if schedule == "gpipe" or count >= stages])
+
+    def strategy(layer: LayerProfile, recompute: tuple[bool, ...]) -> LayerStrategy:
+        options = layer_strategies(size, tp_degrees=layer.tp_degrees, recompute=recompute)
+        return rng.choice([option for option in options if 4 % option.dp == 0])
+
+    plan = HybridPlan(
+        world_size=stages * size,
+        global_batch_size=4 * microbatches,
+        num_microbatches=microbatches,
+        stages=tuple(b - a for a, b in itertools.pairwise([0, *ends, layers])),
+        layers=tuple(strategy(profile.block(i), (False, True)) for i in range(layers)),
+        embedding=strategy(profile.embedding, (False,)),
+        head=strategy(profile.head, (False,)),
+        schedule=schedule,
+    )
+    return plan, profile, devices
+
+
+def closed_form_error(
+    plan: HybridPlan, profile: ModelProfile, devices: ClusterSpec, constants: HetuConstants | None = None
+) -> float:
+    """By how much the predicted time is longer than the simulated one, as a share of it."""
+    found = simulate(plan, profile, devices, constants=constants, detail="stage")
+    assert found.predicted_time == evaluate(plan, profile, devices, constants=constants).iteration_time
+    return found.predicted_time / found.iteration_time - 1
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
+@pytest.mark.parametrize("first", range(0, 80, 20))
+def test_the_prediction_is_the_simulated_time(schedule: Schedule, first: int) -> None:
+    """Of random plans, but for rounding; where the optimizer takes time, within 3 percent."""
+    for seed in range(first, first + 20):
+        rng = random.Random(f"{schedule} {seed}")
+        plan, profile, devices = random_plan(rng, schedule)
+        devices = replace(devices, layer_overhead=rng.choice((0.0, 1e-4)))
+        constants = HetuConstants(reduce_every_microbatch=rng.random() < 0.7, overlap_gathers=rng.random() < 0.7)
+        assert abs(closed_form_error(plan, profile, devices, constants)) < 1e-9
+        constants = replace(constants, optimizer_seconds_per_byte=2e-11)
+        assert -1e-9 < closed_form_error(plan, profile, devices, constants) < 0.03
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
+@pytest.mark.parametrize("first", range(0, 500, 50))
+def test_the_prediction_of_plans_that_are_found_is_the_simulated_time(schedule: Schedule, first: int) -> None:
+    """A search picks what the closed form makes look fast, so its errors would gather here."""
+    for seed in range(first, first + 50):
+        rng = random.Random(seed)
+        stages = rng.choice((2, 4, 8))
+        profile, devices = (
+            random_model(rng, rng.randint(stages, 12)),
+            random_cluster(rng, max(stages, rng.choice((4, 8)))),
+        )
+        options = {
+            "global_batch_size": 16,
+            "alternatives": False,
+            "pipeline_parallel_size": stages,
+            "schedule": schedule,
+        }
+        budget: int | str = "1TiB"
+        if rng.random() < 0.5:
+            with pytest.raises(NoFeasiblePlanError) as error:
+                search(profile, devices, memory_budget=1, **options)
+            budget = int(error.value.smallest_feasible_budget * rng.choice((1, 1.1, 1.5)))
+        plan = search(profile, devices, memory_budget=budget, **options)
+        assert abs(closed_form_error(plan, profile, devices)) < 1e-9
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_plans_that_the_search_finds(seed: int) -> None:
     """A pipelined plan takes the longest path of its stages' prices, and at least its slowest stage."""
@@ -353,6 +434,7 @@ def test_plans_that_the_search_finds(seed: int) -> None:
         assert found.predicted_time == evaluate(plan, profile, devices).iteration_time
         f, b, gather, reduce = stage_times(found)
         assert found.iteration_time == pytest.approx(longest_path(f, b, plan.num_microbatches, gather, reduce))
+        assert found.iteration_time == pytest.approx(found.predicted_time, rel=1e-9)
 
 
 def stage_times(found: Simulation) -> tuple[list[float], list[float], list[float], list[float]]:
