@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
@@ -38,7 +39,9 @@ class GratingImages(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """``pixel_values``, float32 ``[channels, image_size, image_size]``, and ``labels``, an int64 scalar."""
-        generator = torch.Generator().manual_seed((self.seed << 32) + index)
+        # torch's generator on the CPU looks at 32 bits of a seed
+        seed = int(np.random.SeedSequence((self.seed, index)).generate_state(1)[0])
+        generator = torch.Generator().manual_seed(seed)
         label = int(torch.randint(self.num_classes, (), generator=generator))
         widths = 2 if self.num_classes % 2 == 0 else 1
         direction = math.pi * (label // widths) / (self.num_classes // widths)

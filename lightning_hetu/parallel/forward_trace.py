@@ -8,7 +8,7 @@ given. A model whose later blocks use something else of the earlier ones (a skip
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -206,6 +206,7 @@ class _Run:
         self.returned: dict[int, tuple[Tensor, int]] = {}
         self.depth = 0
         self.markers: dict[Tensor, int] = {}
+        self.used: dict[int, set[int]] = {}
 
     def __call__(self, run: Callable[[nn.Module, Any], Any], inputs: Any) -> None:
         inside = {id(part) for name in self.blocks for part in self.model.get_submodule(name).modules()}
@@ -226,7 +227,7 @@ class _Run:
         if missing:
             raise UncuttableModelError(f"block {missing[0]!r} did not run: name the container of the blocks that do.")
         if self.check:
-            self._check_chain(len(self.order), tree_flatten(_plain(output))[0])
+            self._check_chain("what follows the last block", tree_flatten(_plain(output))[0])
 
     def _enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if name in self.order:
@@ -234,8 +235,9 @@ class _Run:
         leaves, spec = tree_flatten((args, kwargs))
         call = len(self.order)
         if self.check:
-            self._check_chain(call, leaves)
+            self._check_chain(f"block {name!r}", leaves)
         self.order.append(name)
+        self._note_parameters(module.parameters())
         self.arguments.append(leaves)
         self.sources.append([self._source(leaf) for leaf in leaves])
         if not self.check:
@@ -251,6 +253,11 @@ class _Run:
 
     def _outside(self, name: str, module: nn.Module, args: Any) -> None:
         self.outside.setdefault(name, len(self.order))
+        self._note_parameters(module._parameters.values())
+
+    def _note_parameters(self, parameters: Iterable[Tensor | None]) -> None:
+        for parameter in parameters:
+            self.used.setdefault(id(parameter), set()).add(len(self.order))
 
     def _source(self, leaf: Any) -> int | None:
         known = self.returned.get(id(leaf))
@@ -263,23 +270,22 @@ class _Run:
         self.markers[marker] = call
         return marker
 
-    def _check_chain(self, call: int, leaves: Sequence[Any]) -> None:
+    def _check_chain(self, here: str, leaves: Sequence[Any]) -> None:
         """What is used from here on must come from the block just run, or have been among its arguments too."""
+        call = len(self.order)
         before = {id(leaf) for leaf in self.arguments[-1]} if self.arguments else set()
         for leaf in leaves:
             if not isinstance(leaf, Tensor) or not leaf.requires_grad or id(leaf) in before:
                 continue
             for source in _graph_leaves(leaf):
-                origin = self.markers.get(source)
-                if origin is not None and origin != call - 1:
-                    here = f"block {self.blocks_ahead(call)}"
+                steps = {call} if source not in self.markers else {self.markers[source] + 1}
+                steps = self.used.get(id(source), steps)
+                if call not in steps:
+                    what = f"block {self.order[min(steps) - 1]!r}" if min(steps) else "what runs before the blocks"
                     raise UncuttableModelError(
-                        f"{here} uses what was given to block {self.order[origin]!r}, which is not the one before it:"
-                        " the model is no chain of blocks and cannot be cut."
+                        f"{here} uses what {what} has computed or was given, which is not the one before it: the"
+                        " model is no chain of blocks and cannot be cut."
                     )
-
-    def blocks_ahead(self, call: int) -> str:
-        return repr(self.order[call]) if call < len(self.order) else f"number {call}, or what follows the last,"
 
 
 def _graph_leaves(tensor: Tensor) -> Iterator[Tensor]:

@@ -49,9 +49,10 @@ def group_layers(root: nn.Module, names: Sequence[str]) -> tuple[list[int], list
     for key in {key for item in described for key in item["settings"]}:
         values = [item["settings"].get(key) for item in described]
         # Where blocks stand in several containers (encoder and decoder), each may count from zero again.
-        if all(_is_position([values[index] for index in members]) for members in containers.values()):
+        runs = [[values[index] for index in members] for members in containers.values()]
+        if all(_is_position(run) for run in runs if set(run) != {None}):
             for item in described:
-                del item["settings"][key]
+                item["settings"].pop(key, None)
     kinds: dict[str, int] = {}
     layers, first = [], []
     for position, (name, item) in enumerate(zip(names, described, strict=True)):

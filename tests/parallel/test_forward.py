@@ -208,7 +208,7 @@ class Twice(nn.Module):
 @pytest.mark.parametrize(
     ("model", "said"),
     [
-        (Skips(), "block 'blocks.2' uses what was given to block 'blocks.0'"),
+        (Skips(), "block 'blocks.2' uses what block 'blocks.0' has"),
         (Twice(), "block 'blocks.0' runs twice"),
         (nn.Sequential(nn.Linear(4, 4)), "no list of two or more equal modules"),
     ],
