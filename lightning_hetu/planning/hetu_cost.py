@@ -14,7 +14,7 @@ Follows the estimator of Galvatron (arXiv 2211.13878, section 3.3) and differs w
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd
 
 from lightning_hetu.planning.cluster import ClusterSpec
@@ -106,12 +106,23 @@ class HetuCostModel(CostModel):
         self._gathered = self.constants.gathered_ratio
         self._reduced = self.constants.reduced_ratio
         self._memory_cache: dict[object, RowMemory] = {}
+        own = profile.head.parameter_bytes - profile.tied_bytes
+        self._head_without_table = replace(
+            profile.head, parameter_bytes=own, tp_parameter_bytes=min(profile.head.tp_parameter_bytes, own)
+        )
 
     def layer(self, row: int) -> LayerProfile:
         """Profile of a row."""
         if row == 0:
             return self.profile.embedding
         return self.profile.head if row > self.num_layers else self.profile.block(row - 1)
+
+    def _layer_of_plan(self, row: int, setting: Setting) -> LayerProfile:
+        """Profile of a row; a head in one stage with the embedding has none of what the two share."""
+        layer = self.layer(row)
+        if row <= self.num_layers or not self.profile.tied_bytes or setting.num_stages > 1:
+            return layer
+        return self._head_without_table
 
     def row_kind(self, row: int) -> Hashable:
         """Embedding, head, or the layer type."""
@@ -155,7 +166,7 @@ class HetuCostModel(CostModel):
 
     def row_cost(self, row: int, stage: int, strategy: LayerStrategy, setting: Setting) -> RowCost:
         """Price of one row under one strategy."""
-        layer = self.layer(row)
+        layer = self._layer_of_plan(row, setting)
         c = self.constants
         samples = setting.microbatch_size / strategy.dp
         shards = strategy.shard_degree
@@ -186,6 +197,7 @@ class HetuCostModel(CostModel):
             once_gather = self._overlap(forward, gather, overlaps=c.overlap_gathers) - forward
         local = full if strategy.dp_type == "ddp" else full / shards
         optimizer = local * layer.trainable_fraction * c.optimizer_seconds_per_byte
+        tied = self._tied_seconds(row, strategy, setting)
         return RowCost(
             seconds=forward_total
             + backward_total
@@ -193,7 +205,7 @@ class HetuCostModel(CostModel):
             + sum(tensor)
             + sum(border)
             + (reduce_exposed if every_time else 0.0),
-            sync=once_gather + optimizer + (0.0 if every_time else reduce_exposed),
+            sync=once_gather + optimizer + tied + (0.0 if every_time else reduce_exposed),
             memory=self._memory(row, stage, strategy, setting),
             parts={
                 "forward": forward,
@@ -205,11 +217,22 @@ class HetuCostModel(CostModel):
                 "gradient_reduce" if every_time else "gradient_reduce_per_step": reduce_exposed,
                 "parameter_gather_per_step": once_gather,
                 "optimizer_per_step": optimizer,
+                "tied_gradients_per_step": tied,
             },
             forward=forward_total + overhead / 2 + tensor[0] + border[0],
             first_forward=once_gather,
-            optimizer=optimizer,
+            optimizer=optimizer + tied,
         )
+
+    def _tied_seconds(self, row: int, strategy: LayerStrategy, setting: Setting) -> float:
+        """Once per step first and last stage add up the gradients of what embedding and head share."""
+        if row <= self.num_layers or not self.profile.tied_bytes or setting.num_stages == 1:
+            return 0.0
+        message = self.profile.tied_bytes * self._reduced
+        if strategy.dp_type != "ddp":
+            message /= strategy.shard_degree
+        apart = setting.devices_per_stage * (setting.num_stages - 1)
+        return self.cluster.seconds("all_reduce", 2, message, stride=apart)
 
     def _reduces_every_microbatch(self, strategy: LayerStrategy) -> bool:
         return strategy.dp_type != "ddp" and self.constants.reduce_every_microbatch
@@ -298,15 +321,28 @@ class HetuCostModel(CostModel):
         return byte_vector(transient=self.constants.context_bytes, activations=waiting * setting.in_flight(stage))
 
     def _memory(self, row: int, stage: int, strategy: LayerStrategy, setting: Setting) -> RowMemory:
-        layer = self.layer(row)
+        layer = self._layer_of_plan(row, setting)
         in_flight = setting.in_flight(stage)
-        key = (self.row_kind(row), strategy, setting.microbatch_size, setting.num_microbatches, in_flight)
+        single = setting.num_stages == 1
+        key = (self.row_kind(row), strategy, setting.microbatch_size, setting.num_microbatches, in_flight, single)
         if key not in self._memory_cache:
-            self._memory_cache[key] = self._row_memory(layer, strategy, setting, in_flight)
+            whole = not self.split_vocab and not 0 < row <= self.num_layers
+            self._memory_cache[key] = self._row_memory(layer, strategy, setting, in_flight, whole)
         return self._memory_cache[key]
 
-    def _row_memory(self, layer: LayerProfile, strategy: LayerStrategy, setting: Setting, in_flight: int) -> RowMemory:
-        """Bytes of one row in all phases; ``in_flight`` microbatches are held at most."""
+    def _row_memory(
+        self, layer: LayerProfile, strategy: LayerStrategy, setting: Setting, in_flight: int, whole: bool = False
+    ) -> RowMemory:
+        """Bytes of one row in all phases.
+
+        Args:
+            layer: The row's profile.
+            strategy: Its strategy.
+            setting: Stages and microbatches.
+            in_flight: Microbatches that are held at most.
+            whole: Whether the row is gathered for as long as its stage runs: what is outside of the blocks of a model
+                that runs its own forward.
+        """
         c = self.constants
         samples = setting.microbatch_size / strategy.dp
         tp = strategy.tp * strategy.sp * strategy.cp
@@ -323,6 +359,7 @@ class HetuCostModel(CostModel):
         earlier = (gradient if self.pipeline else trained * self._reduced) if c.accumulates else 0.0
         # One gathered copy from forward to backward; zero3 has its own only while it runs.
         keeps = strategy.dp_type == "zero2" or (strategy.dp_type == "ddp" and c.ddp_keeps_copy)
+        keeps |= whole and strategy.dp_type == "zero3"
         copy = full * self._gathered if keeps else 0.0
         gathers_forward = {"ddp": 0.0, "zero2": c.zero2_forward_gather, "zero3": c.zero3_forward_gather}
         gather_forward = gathers_forward[strategy.dp_type] * full * self._gathered

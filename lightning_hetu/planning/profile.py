@@ -112,6 +112,8 @@ class ModelProfile:
         microbatches: Whether a batch can be cut into microbatches (it has pipeline support).
         split_vocab: Whether embedding and head may have layouts of their own; otherwise both are one unit.
         optimizer_state_bytes: Optimizer state bytes per parameter byte (Adam in fp32: 2).
+        tied_bytes: Parameters that are counted in the embedding and in the head because they serve both. In different
+            stages each has a copy, and they add up their gradients; in one stage there is only one.
         name: Human-readable model name.
     """
 
@@ -124,6 +126,7 @@ class ModelProfile:
     microbatches: bool = True
     split_vocab: bool = True
     optimizer_state_bytes: float = 2.0
+    tied_bytes: int = 0
     name: str = "model"
 
     def __post_init__(self) -> None:
@@ -132,6 +135,11 @@ class ModelProfile:
         if not self.layers or any(not 0 <= i < len(self.layer_types) for i in self.layers):
             raise ValueError(
                 f"profile.layers={list(self.layers)}: expected at least one index below {len(self.layer_types)}."
+            )
+        if not 0 <= self.tied_bytes <= min(self.embedding.parameter_bytes, self.head.parameter_bytes):
+            raise ValueError(
+                f"profile.tied_bytes={self.tied_bytes}: expected no more than embedding and head have,"
+                f" {self.embedding.parameter_bytes} and {self.head.parameter_bytes}."
             )
         if self.precision not in get_args(Precision):
             raise ValueError(f"profile.precision={self.precision!r}: expected one of {', '.join(get_args(Precision))}.")

@@ -34,6 +34,7 @@ class ModelParts:
         self.count = len(self.first) + 2
         owner: dict[int, str] = {}  # a parameter that two parts share belongs to the first
         self.shared = False
+        self.tied_bytes = 0
         for _, name in structure.rows():
             assert name is not None
             for parameter in module.get_submodule(name).parameters():

@@ -95,6 +95,7 @@ def estimate_model(
         pipeline=not parts.shared,
         split_vocab=not parts.shared and structure.trace is None,
         optimizer_state_bytes=optimizer_state_bytes(optimizer),
+        tied_bytes=parts.tied_bytes,
         name=type(module).__name__,
     )
 

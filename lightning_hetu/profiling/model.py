@@ -108,6 +108,7 @@ def profile_model(
             pipeline=not parts.shared,
             split_vocab=not parts.shared and structure.trace is None,
             optimizer_state_bytes=state_bytes,
+            tied_bytes=parts.tied_bytes,
             name=type(module).__name__,
         )
 

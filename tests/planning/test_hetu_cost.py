@@ -135,6 +135,38 @@ def test_accumulation_keeps_one_more_set_of_gradients() -> None:
         assert peaks[1] - peaks[0] == extra * MIB
 
 
+def test_a_table_in_first_and_last_stage_has_a_copy_in_each() -> None:
+    """In one stage it is there once; in two its gradients are added up once per step."""
+    table = LayerProfile("table", 8 * MIB)
+    profile = replace(blocks(LayerProfile("block", MIB), 4), embedding=table, head=table)
+    tied = replace(profile, tied_bytes=8 * MIB)
+    one = HybridPlan.uniform("dp4-ddp", num_layers=4, global_batch_size=4)
+    parameters = [memory_breakdown(one, model, cluster())["parameters"] / MIB for model in (profile, tied)]
+    assert parameters == [8 + 4 + 8, 8 + 4]
+    for strategy, shards in (("dp2-ddp", 1), ("dp2-zero2", 2)):
+        two = HybridPlan.uniform(strategy, num_layers=4, global_batch_size=8, num_microbatches=2, stages=2)
+        found = [[memory_breakdown(two, model, cluster(), stage) for stage in (0, 1)] for model in (profile, tied)]
+        assert found[0] == found[1]
+        seconds = [evaluate(two, model, cluster()).iteration_time for model in (profile, tied)]
+        assert seconds[1] - seconds[0] == pytest.approx(ring(2, 2, 8 * MIB / shards))
+    with pytest.raises(ValueError, match="profile.tied_bytes="):
+        replace(profile, tied_bytes=9 * MIB)
+
+
+def test_what_is_outside_of_the_blocks_may_be_gathered_all_the_time() -> None:
+    """Where embedding and head are one unit around the blocks, zero3 keeps their copy as zero2 does."""
+    table = LayerProfile("table", 8 * MIB)
+    profile = replace(
+        blocks(LayerProfile("block", MIB, activation_bytes={1: 40 * MIB}), 4), embedding=table, head=table
+    )
+    plan = HybridPlan.uniform("dp4-zero3", num_layers=4, global_batch_size=8, num_microbatches=2)
+    gathered = [
+        memory_breakdown(plan, replace(profile, split_vocab=split), cluster())["gathered"] / MIB
+        for split in (True, False)
+    ]
+    assert gathered == [0, 16]
+
+
 def ring(rounds: int, size: int, num_bytes: float) -> float:
     """A ring collective over the test's links."""
     return rounds * (size - 1) * (LATENCY + num_bytes / size / BANDWIDTH)
