@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_hetu.data import TextDataModule as TextDataModule
     from lightning_hetu.models import GPTLightningModule as GPTLightningModule
+    from lightning_hetu.models import TransformersModule as TransformersModule
     from lightning_hetu.parallel.checkpoint import consolidate as consolidate
     from lightning_hetu.parallel.pipeline_mixin import PipelineMixin as PipelineMixin
     from lightning_hetu.planning import ClusterSpec as ClusterSpec
@@ -35,6 +36,7 @@ _EXPORTS = {
     "NoFeasiblePlanError": "lightning_hetu.planning",
     "PipelineMixin": "lightning_hetu.parallel.pipeline_mixin",
     "TextDataModule": "lightning_hetu.data",
+    "TransformersModule": "lightning_hetu.models",
     "consolidate": "lightning_hetu.parallel.checkpoint",
     "search": "lightning_hetu.planning",
 }
