@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_hetu.parallel.executor import PipelineExecutor
@@ -30,7 +30,7 @@ class ForwardExecutor(PipelineExecutor):
             ValueError: If the local rows cannot be cut into microbatches.
         """
         self.steps += 1
-        training = torch.is_grad_enabled() and self.stage.training
+        training = torch.is_grad_enabled() and cast(nn.Module, self.module).training
         rows = batch_rows(inputs)
         microbatches = self._microbatches(rows, training)
         parts = _cut(inputs, rows, microbatches)

@@ -68,7 +68,7 @@ class StandIn(nn.Module):
             if torch._guards.detect_fake_mode(tensors) is not None:
                 args, kwargs = tree_unflatten(leaves, spec)
                 return module(*args, **kwargs)
-            with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            with FakeTensorMode(allow_non_fake_inputs=True):
                 on_meta = any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
                 place = torch.device("meta") if on_meta else device
 
@@ -79,7 +79,6 @@ class StandIn(nn.Module):
 
                 args, kwargs = tree_map(fake, tree_unflatten(leaves, spec))
                 output = module(*args, **kwargs)
-            del mode
             return tree_map_only(Tensor, lambda x: torch.zeros(x.shape, dtype=x.dtype, device=device), output)
 
 
@@ -110,7 +109,7 @@ class Segment:
             self.handles.append(block.register_forward_pre_hook(partial(self._end, following), with_kwargs=True))
 
     def run(self, call: Callable[[], Any], received: tuple[Tensor, ...]) -> Any:
-        """What the forward returns; ``None``, and the tensors for the next segment, where it ends before that.
+        """What the forward returns, or a :class:`StageEnd` with the tensors for the next segment.
 
         Args:
             call: Calls the model.

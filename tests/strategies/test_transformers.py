@@ -34,6 +34,26 @@ def test_fit_equals_plain_trainer(ranks: Any, tmp_path: Any, kind: str, plan: An
         assert actual["weights"].keys() <= expected["weights"].keys()
 
 
+@pytest.mark.parametrize("kind", ["llama", pytest.param("t5", marks=pytest.mark.slow)])
+def test_planned_and_trained(ranks: Any, tmp_path: Any, kind: str) -> None:
+    """Profiled, planned under a budget that one stage does not fit, and trained as on one device."""
+    options = {"module": kind, "max_epochs": 1, "limit_train_batches": 3, "evaluate": False}
+    expected = train(0, str(tmp_path / "one"), None, options)
+    strategy = {"memory_budget": "8MiB", "profile_cache": str(tmp_path / "cache"), "pins": {"pipeline_parallel_size": 2}}
+    for actual in ranks(4).run(train, str(tmp_path / "many"), "auto", {**options, "strategy": strategy}):
+        assert actual["plan"].pipeline_parallel_size == 2
+        assert actual["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_half_precision_follows_one_device(ranks: Any, tmp_path: Any, precision: str) -> None:
+    """To the rounding of bfloat16."""
+    options = {"module": "llama", "max_epochs": 1, "evaluate": False, "precision": precision}
+    expected = train(0, str(tmp_path / "one"), None, options)
+    for actual in ranks(4).run(train, str(tmp_path / "many"), LLAMA_4, options):
+        assert actual["losses"] == pytest.approx(expected["losses"], rel=1e-2)
+
+
 @pytest.mark.parametrize(
     ("kind", "wide", "others", "module"),
     [
