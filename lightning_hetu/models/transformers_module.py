@@ -67,7 +67,6 @@ class TransformersModule(PipelineMixin, TrainedByAdamW):
         self.save_hyperparameters()
         self.model = build_transformer(architecture, config or {}, pretrained)
         self.architecture = architecture
-        self._shifts = _shifts_labels(self.model)
 
     def setup(self, stage: str) -> None:
         """Compare the vocabulary with that of the datamodule, before anything is computed.
@@ -101,15 +100,6 @@ class TransformersModule(PipelineMixin, TrainedByAdamW):
             logits = self.pipeline_output(output)
             return F.cross_entropy(logits.flatten(0, -2).float(), target.flatten(), ignore_index=_IGNORED)
         return super().pipeline_loss(output, target)
-
-    def pipeline_loss_weight(self, target: Any) -> Tensor | None:
-        """How many labels are not ignored."""
-        labels = target.get("labels") if isinstance(target, Mapping) else target
-        if not isinstance(labels, Tensor) or labels.is_floating_point():
-            return None
-        if self._shifts and isinstance(target, Mapping):
-            labels = labels[..., 1:]
-        return labels.ne(_IGNORED).sum()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Loss of one batch."""
@@ -194,10 +184,3 @@ def build_transformer(architecture: str, config: Mapping[str, Any], pretrained: 
         model = kind(make_config(**config))
     disable_caches(model)
     return model
-
-
-def _shifts_labels(model: Any) -> bool:
-    """Whether the model itself compares its output with the next label."""
-    from transformers.loss.loss_utils import ForCausalLMLoss
-
-    return not model.config.is_encoder_decoder and getattr(model, "loss_function", None) is ForCausalLMLoss

@@ -15,9 +15,14 @@ from lightning_hetu.parallel.mesh import PlanMesh
 from lightning_hetu.parallel.recompute import apply_recompute
 from lightning_hetu.parallel.relayout import relayout
 from lightning_hetu.parallel.shard import apply_data_parallel, sum_gradients
-from lightning_hetu.parallel.stage import StageModule, boundary_dp
-from lightning_hetu.parallel.structure import ModelStructure, outside_tensor_parallel_plan, tensor_parallel_plan
-from lightning_hetu.parallel.tensor import apply_tensor_parallel
+from lightning_hetu.parallel.stage import StageGroup, StageModule, boundary_dp
+from lightning_hetu.parallel.structure import (
+    ModelStructure,
+    outside_tensor_parallel_plan,
+    sequence_regions,
+    tensor_parallel_plan,
+)
+from lightning_hetu.parallel.tensor import apply_tensor_parallel, cut_sequence
 from lightning_hetu.planning.layer_strategy import LayerStrategy
 from lightning_hetu.planning.plan import HybridPlan
 
@@ -47,7 +52,15 @@ def check_plan_fits_model(plan: HybridPlan, structure: ModelStructure, root: nn.
             raise ValueError(
                 f"plan.{field}={strategy}, but {name} declares no tensor_parallel_plan: use tp1 for it, or declare one."
             )
+    for index, (name, strategy) in enumerate(zip(structure.blocks, plan.layers, strict=True)):
+        if strategy.sequence_parallel:
+            try:
+                sequence_regions(root, name)
+            except ValueError as error:
+                raise ValueError(f"plan.layers[{index}]={strategy}: {error} Leave out -sequence.") from None
     for field, strategy in (("embedding", plan.embedding), ("head", plan.head)):
+        if strategy.sequence_parallel:
+            raise ValueError(f"plan.{field}={strategy}: only blocks can be sequence-parallel, leave out -sequence.")
         if strategy.recompute:
             raise ValueError(f"plan.{field}={strategy}: only blocks can be recomputed.")
     if structure.trace is not None and plan.embedding.tp > 1 and not outside_tensor_parallel_plan(root, structure):
@@ -116,34 +129,52 @@ def synchronize_initial_state(root: nn.Module) -> None:
                 data.copy_(copy)
 
 
-def build_stage(root: nn.Module, structure: ModelStructure, plan: HybridPlan, mesh: PlanMesh) -> StageModule:
-    """Parallelizes this rank's stage of a model with pipeline support and removes the other stages from ``root``.
+def build_stage(
+    root: nn.Module, structure: ModelStructure, plan: HybridPlan, mesh: PlanMesh
+) -> StageModule | StageGroup:
+    """Parallelizes this rank's stages of a model with pipeline support and removes the other ones from ``root``.
 
     Parameter names stay those of the whole model, so checkpoints do not depend on the plan.
     """
     assert structure.embedding is not None and structure.head is not None
-    first, last = plan.stage_bounds[mesh.stage]
-    names = [(structure.blocks[index], plan.layers[index]) for index in range(first, last)]
-    if mesh.is_first_stage:
-        names.insert(0, (structure.embedding, plan.embedding))
-    if mesh.is_last_stage:
-        names.append((structure.head, plan.head))
-    layers = [(root.get_submodule(name), strategy.dp) for name, strategy in names]
-    keep = {name for name, _ in names}
+    indices = plan.stages_of_rank(mesh.stage)
+    rows = [_stage_rows(structure, plan, index) for index in indices]
+    keep = {name for names in rows for name, _ in names}
     everything = (structure.embedding, *structure.blocks, structure.head)
     removed = RemovedLayers(root, [name for name in everything if name not in keep])
+    stages = [_build_one(root, names, plan, mesh, index) for index, names in zip(indices, rows, strict=True)]
+    whole = stages[0] if plan.virtual_stages == 1 else StageGroup(stages)
+    whole.removed = removed
+    return whole
+
+
+def _stage_rows(structure: ModelStructure, plan: HybridPlan, index: int) -> list[tuple[str, LayerStrategy]]:
+    """The layers of a stage, by name."""
+    assert structure.embedding is not None and structure.head is not None
+    first, last = plan.stage_bounds[index]
+    names = [(structure.blocks[block], plan.layers[block]) for block in range(first, last)]
+    if index == 0:
+        names.insert(0, (structure.embedding, plan.embedding))
+    if index == len(plan.stages) - 1:
+        names.append((structure.head, plan.head))
+    return names
+
+
+def _build_one(
+    root: nn.Module, names: list[tuple[str, LayerStrategy]], plan: HybridPlan, mesh: PlanMesh, index: int
+) -> StageModule:
+    layers = [(root.get_submodule(name), strategy.dp) for name, strategy in names]
     for name, strategy in names:
         parallelize(root, name, strategy, mesh)
     stage = StageModule(
         layers,
         mesh,
-        input_dp=plan.embedding.dp if mesh.is_first_stage else boundary_dp(plan, mesh.stage - 1),
-        output_dp=plan.head.dp if mesh.is_last_stage else boundary_dp(plan, mesh.stage),
+        input_dp=plan.embedding.dp if index == 0 else boundary_dp(plan, index - 1),
+        output_dp=plan.head.dp if index == len(plan.stages) - 1 else boundary_dp(plan, index),
     )
     # The root has no parameters of its own left, but it ties the layers into one FSDP context.
     fully_shard(stage, mesh=mesh.layout(names[0][1].dp, names[0][1].tp).data, reshard_after_forward=False)
     sum_gradients(stage)
-    stage.removed = removed
     return stage
 
 
@@ -227,9 +258,13 @@ def parallelize(root: nn.Module, name: str, strategy: LayerStrategy, mesh: PlanM
     layer = root.get_submodule(name)
     layout = mesh.layout(strategy.dp, strategy.tp)
     if strategy.tp > 1:
-        apply_tensor_parallel(layer, layout.tensor, tensor_parallel_plan(root, name))
+        regions = sequence_regions(root, name) if strategy.sequence_parallel else None
+        split = tensor_parallel_plan(root, name)
+        apply_tensor_parallel(layer, layout.tensor, split, regions, recompute=strategy.recompute)
     if strategy.recompute:
         apply_recompute(layer)
+    if strategy.sequence_parallel:
+        cut_sequence(layer, layout.tensor, name)  # outside of recomputation, which then keeps a part of the input
     apply_data_parallel(layer, layout, strategy.dp_type)
 
 

@@ -10,19 +10,31 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe
-from torch.distributed.pipelining.schedules import PipelineScheduleSingle
+from torch.distributed.pipelining import (
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+    ScheduleLoopedBFS,
+)
+from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
 
 from lightning_hetu.parallel.batch import evaluation_microbatches, finer_rows, local_dp, training_microbatches
 from lightning_hetu.parallel.forward_stage import ForwardStage
 from lightning_hetu.parallel.gradients import HeldGradients, loss_that_releases
 from lightning_hetu.parallel.mesh import PlanMesh
 from lightning_hetu.parallel.pipeline_mixin import PipelineMixin
-from lightning_hetu.parallel.stage import HybridPipelineStage, StageModule
+from lightning_hetu.parallel.stage import HybridPipelineStage, StageGroup, StageModule, UnmanagedStage
 from lightning_hetu.planning.plan import HybridPlan
 
 # A head with gathered columns returns a view of a DTensor. FSDP warns of in-place operations on it; there are none.
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
+
+Runner = PipelineScheduleSingle | PipelineScheduleMulti
+_OF_SEVERAL_STAGES = {"interleaved_1f1b": ScheduleInterleaved1F1B, "zero_bubble": ScheduleInterleavedZeroBubble}
+
+_SCHEDULES = 16
+"""Schedules that are kept, each with the buffers of its shapes."""
 
 
 class PipelineExecutor:
@@ -32,7 +44,7 @@ class PipelineExecutor:
 
     Args:
         module: The module, whose ``pipeline_loss`` is used.
-        stage: This rank's layers, already parallelized.
+        stage: This rank's layers, already parallelized; a group where the rank has several stages.
         plan: The plan.
         mesh: Its meshes.
         device: Where this rank computes.
@@ -41,7 +53,7 @@ class PipelineExecutor:
     def __init__(
         self,
         module: PipelineMixin,
-        stage: StageModule | ForwardStage,
+        stage: StageModule | StageGroup | ForwardStage,
         plan: HybridPlan,
         mesh: PlanMesh,
         device: torch.device,
@@ -52,7 +64,7 @@ class PipelineExecutor:
         self.mesh = mesh
         self.device = device
         self.data_dp = local_dp(plan)
-        self._schedules: dict[tuple[Any, ...], PipelineScheduleSingle] = {}
+        self._schedules: dict[tuple[Any, ...], Runner] = {}
         self._outputs: Tensor | None = None
         self._loss_scale: float | Tensor = 1.0
         self._window_ended = True
@@ -168,28 +180,40 @@ class PipelineExecutor:
         weight = self.module.pipeline_loss_weight(target)
         return loss * self._loss_scale if weight is None else loss * (weight * self._loss_scale)
 
-    def _schedule(
-        self, shapes: tuple[Any, ...], microbatches: int, *, training: bool, with_loss: bool
-    ) -> PipelineScheduleSingle:
+    def _schedule(self, shapes: tuple[Any, ...], microbatches: int, *, training: bool, with_loss: bool) -> Runner:
         """A schedule for these shapes: stages exchange shapes when a schedule first runs, and keep to them."""
         key = (shapes, microbatches, training, with_loss, self.stage.autocast_dtype)
+        if key not in self._schedules and len(self._schedules) >= _SCHEDULES:
+            del self._schedules[next(iter(self._schedules))]  # lengths may differ from batch to batch
         if key not in self._schedules:
-            stage = HybridPipelineStage(
-                self.stage,
-                self.mesh.stage,
-                self.plan.pipeline_parallel_size,
+            loss = self._loss if with_loss else None
+            several: type[Any] | None = _OF_SEVERAL_STAGES.get(self.plan.schedule) if training else None
+            if self.plan.virtual_stages > 1 and several is None:
+                several = ScheduleLoopedBFS  # all forwards, of any number of microbatches
+            if several is not None:
+                self._schedules[key] = several(self._stages(managed=False), microbatches, loss, scale_grads=False)
+            else:
+                kind = Schedule1F1B if training and self.plan.schedule == "1f1b" else ScheduleGPipe
+                self._schedules[key] = kind(self._stages(managed=True)[0], microbatches, loss, scale_grads=False)
+        return self._schedules[key]
+
+    def _stages(self, managed: bool) -> list[Any]:
+        """This rank's stages as torch's schedules take them."""
+        modules = list(self.stage.stages) if isinstance(self.stage, StageGroup) else [self.stage]
+        return [
+            HybridPipelineStage(
+                module if managed else UnmanagedStage(module),
+                index,
+                len(self.plan.stages),
                 self.device,
                 group=self.mesh.pipeline.get_group(),
             )
-            kind = Schedule1F1B if training and self.plan.schedule == "1f1b" else ScheduleGPipe
-            self._schedules[key] = kind(
-                stage, microbatches, loss_fn=self._loss if with_loss else None, scale_grads=False
-            )
-        return self._schedules[key]
+            for index, module in zip(self.plan.stages_of_rank(self.mesh.stage), modules, strict=True)
+        ]
 
     def _run(
         self,
-        schedule: PipelineScheduleSingle,
+        schedule: Runner,
         inputs: Tensor,
         target: Tensor | None,
         losses: list[Tensor] | None,

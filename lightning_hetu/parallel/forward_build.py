@@ -8,6 +8,7 @@ stay the same.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import nn
@@ -22,7 +23,7 @@ from lightning_hetu.parallel.stage import boundary_dp
 from lightning_hetu.parallel.structure import ModelStructure, outside_tensor_parallel_plan
 from lightning_hetu.parallel.tensor import apply_tensor_parallel
 from lightning_hetu.parallel.transformers_compat import disable_caches
-from lightning_hetu.planning.plan import HybridPlan
+from lightning_hetu.planning.plan import HybridPlan, PricedSchedule
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,17 @@ def build_forward_stage(root: nn.Module, structure: ModelStructure, plan: Hybrid
     """Parallelizes this rank's stage and puts stand-ins in the place of the others.
 
     Parameter names stay those of the whole model, so checkpoints do not depend on the plan.
+
+    Raises:
+        ValueError: If the schedule of the plan needs several stages per rank or split backwards.
     """
     trace = structure.trace
     assert trace is not None and structure.model is not None
+    if plan.schedule not in get_args(PricedSchedule):
+        raise ValueError(
+            f"plan.schedule={plan.schedule!r}: {type(root).__name__} runs its own forward, which is cut into one stage"
+            " per rank and whole backwards. Use schedule='1f1b' with virtual_stages=1."
+        )
     model = root.get_submodule(structure.model)
     disable_caches(model)
     first, last = plan.stage_bounds[mesh.stage]
@@ -156,6 +165,7 @@ def build_forward_stage(root: nn.Module, structure: ModelStructure, plan: Hybrid
     )
     apply_data_parallel(stage, layout, outside.dp_type)
     stage.removed = taken
+    model.register_forward_pre_hook(stage.check_running)
     stage.tied = _tied_gradients(root, tied, mesh)
     return stage
 

@@ -8,6 +8,7 @@ models need no pipeline code of their own.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -22,7 +23,7 @@ from lightning_hetu.parallel.forward_trace import BlockCall, ForwardTrace, batch
 from lightning_hetu.parallel.mesh import PlanMesh
 from lightning_hetu.parallel.pipeline_mixin import call_model
 from lightning_hetu.parallel.relayout import relayout, relayout_shared
-from lightning_hetu.parallel.transformers_compat import steady_masks
+from lightning_hetu.parallel.transformers_compat import forget_fake_tensors, steady_masks
 
 
 class StageEnd(Exception):
@@ -42,7 +43,7 @@ class StandIn(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.__dict__["_module"] = module  # no child: its parameters must not be counted here
-        self.__dict__["_zeros"] = {}  # kept: they are the same in every microbatch
+        self.__dict__["_outputs"] = {}
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -53,12 +54,17 @@ class StandIn(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Zeros of the shapes and dtypes that the module returns for such arguments; no gradient flows through."""
         leaves, spec = tree_flatten((args, kwargs))
-        described = [(x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in leaves]
+        plain = bool | int | float | str | torch.dtype | torch.device | None
+        described = [
+            (x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x if isinstance(x, plain) else type(x)
+            for x in leaves
+        ]
         autocast = torch.is_autocast_enabled("cuda"), torch.is_autocast_enabled("cpu")
         key = repr((described, spec, autocast, self.training))
-        if key not in self._zeros:
-            self._zeros[key] = self._shapes(leaves, spec)
-        return self._zeros[key]
+        if key not in self._outputs:
+            self._outputs[key] = self._shapes(leaves, spec)
+        # A tensor of its own each time: which one it is tells what is put in its place.
+        return tree_map_only(Tensor, lambda x: _zeros(tuple(x.shape), x.dtype, x.device).detach(), self._outputs[key])
 
     def _shapes(self, leaves: Sequence[Any], spec: Any) -> Any:
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -68,7 +74,7 @@ class StandIn(nn.Module):
             if torch._guards.detect_fake_mode(tensors) is not None:
                 args, kwargs = tree_unflatten(leaves, spec)
                 return module(*args, **kwargs)
-            with FakeTensorMode(allow_non_fake_inputs=True):
+            with forget_fake_tensors(), FakeTensorMode(allow_non_fake_inputs=True):
                 on_meta = any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
                 place = torch.device("meta") if on_meta else device
 
@@ -79,7 +85,15 @@ class StandIn(nn.Module):
 
                 args, kwargs = tree_map(fake, tree_unflatten(leaves, spec))
                 output = module(*args, **kwargs)
-            return tree_map_only(Tensor, lambda x: torch.zeros(x.shape, dtype=x.dtype, device=device), output)
+            # one value shown in all places: it takes no memory
+            return tree_map_only(
+                Tensor, lambda x: torch.zeros((), dtype=x.dtype, device=device).expand(x.shape), output
+            )
+
+
+@functools.lru_cache(maxsize=16)
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 class Segment:
@@ -168,6 +182,7 @@ def _used(call: BlockCall, received: Sequence[Tensor]) -> list[Tensor]:
     The schedule sends a gradient back for every tensor. For those that no gradient flows through it is zero.
     """
     flows = [leaf.gradient for index in call.crossing if (leaf := call.leaves[index]) is not None]
+    received = [_ContiguousGradient.apply(tensor) if tensor.requires_grad else tensor for tensor in received]
     if all(flows) or not any(tensor.requires_grad for tensor in received):
         return list(received)
     others = [tensor for tensor, flow in zip(received, flows, strict=True) if not flow]
@@ -175,6 +190,18 @@ def _used(call: BlockCall, received: Sequence[Tensor]) -> list[Tensor]:
     used = [tensor if flow else tensor.detach() for tensor, flow in zip(received, flows, strict=True)]
     used[first] = _ZeroGradients.apply(used[first], *others)
     return used
+
+
+class _ContiguousGradient(torch.autograd.Function):
+    """Gives out its argument; the gradient that goes back to the earlier stage can be sent."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0].contiguous()
 
 
 class _ZeroGradients(torch.autograd.Function):
@@ -334,6 +361,18 @@ class ForwardStage(nn.Module):
             enabled=self.autocast_dtype is not None,
             cache_enabled=False,
         )
+
+    def check_running(self, *_: Any) -> None:
+        """Refuses a call of the model that does not come from a stage.
+
+        Raises:
+            ValueError: Always then; the other ranks do not take part.
+        """
+        if not self.microbatches:
+            raise ValueError(
+                "the model was called directly, but this process has only its stage of it: use self.pipeline_step(...)"
+                " for a loss and self.pipeline_forward(...) for outputs, in evaluation too."
+            )
 
     def forward(self, *received: Tensor) -> Any:
         """Runs microbatch number ``self.microbatch``.

@@ -8,7 +8,7 @@ given. A model whose later blocks use something else of the earlier ones (a skip
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -16,14 +16,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_hetu.parallel.pipeline_mixin import PipelineMixin, call_model
 from lightning_hetu.parallel.structure import ModelStructure, children_of, children_of_one_class
+from lightning_hetu.parallel.transformers_compat import disable_caches, forget_fake_tensors
 
 _SAMPLES = (2, 3)
 """Batch sizes of the two runs: what grows with them has the batch in dimension 0."""
+_ELSEWHERE = "{} a tensor of shape {} whose batch is not in dimension 0: such a model cannot be cut."
+_aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -34,16 +43,14 @@ class Leaf:
         source: Which block call returned it; ``None`` where it was made outside of the blocks.
         batched: Whether the batch is in dimension 0; else it is the same for all samples.
         gradient: Whether a gradient flows through it.
+        crosses: Whether another stage cannot compute it for itself: it depends on parameters, or on a module that has
+            some.
     """
 
     source: int | None
     batched: bool
     gradient: bool
-
-    @property
-    def crosses(self) -> bool:
-        """Whether another stage cannot compute it for itself."""
-        return self.gradient or self.source is not None
+    crosses: bool
 
 
 @dataclass(frozen=True)
@@ -114,6 +121,7 @@ def trace_structure(module: nn.Module, inputs: Any, blocks: str | None = None) -
         model = module.get_submodule(path)
     except AttributeError:
         raise ValueError(f"pipeline_model={path!r}: {type(module).__name__} has no such module.") from None
+    disable_caches(model)
     names = None
     if blocks is not None:
         full = [name for container in blocks.split(",") for name in children_of(module, container.strip())]
@@ -139,7 +147,7 @@ def trace_forward(
     Raises:
         UncuttableModelError: If a block runs twice or not at all, or the blocks do not form a chain.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad():
+    with forget_fake_tensors(), FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad():
         copied = fake_copy(model)
         for parameter in copied.parameters():
             # What is not trained must reach later stages just the same.
@@ -147,9 +155,15 @@ def trace_forward(
         if blocks is None:
             blocks = _find_blocks(copied, lambda: run(copied, fake_batch(inputs, _SAMPLES[0])))
         first = _Run(copied, blocks, check=True)
-        first(run, fake_batch(inputs, _SAMPLES[0]))
         second = _Run(copied, blocks)
-        second(run, fake_batch(inputs, _SAMPLES[1]))
+        try:
+            first(run, fake_batch(inputs, _SAMPLES[0]))
+            second(run, fake_batch(inputs, _SAMPLES[1]))
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise UncuttableModelError(
+                f"{type(model).__name__} decides by the values in a tensor what to compute ({error}): such a model"
+                " cannot be looked at without running it, and cannot be cut."
+            ) from error
     return _combine(model, blocks, first, second)
 
 
@@ -192,8 +206,59 @@ def fake_batch(inputs: Any, samples: int, device: torch.device | str = "cpu") ->
     return tree_map(fake, inputs)
 
 
+_CONSTANTS = {
+    _aten.new_zeros, _aten.new_ones, _aten.new_full, _aten.new_empty, _aten.new_empty_strided,
+    _aten.zeros_like, _aten.ones_like, _aten.full_like, _aten.empty_like,
+}  # fmt: skip
+"""Operations that look at the shape of their input only."""
+
+
+class _Origins(TorchDispatchMode):
+    """Follows through all operations of a run where values come from that not every stage has.
+
+    Those are the parameters, and whatever a module with parameters returns. Each comes from a step: the number of
+    blocks that had been entered when it was computed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step = 0
+        self._steps: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def steps(self, tensor: Any) -> frozenset[int]:
+        """The steps that a value comes from; empty where every stage can compute it."""
+        found: frozenset[int] = self._steps.get(tensor, frozenset())
+        return found | {self.step} if isinstance(tensor, nn.Parameter) else found
+
+    def mark(self, values: Any, steps: frozenset[int]) -> None:
+        """Says where values come from."""
+        for tensor in tree_leaves(values):
+            if isinstance(tensor, Tensor) and not isinstance(tensor, nn.Parameter):
+                self._steps[tensor] = steps
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if getattr(func, "overloadpacket", func) not in _CONSTANTS:
+            steps: frozenset[int] = frozenset()
+            for tensor in tree_leaves((args, kwargs)):
+                if isinstance(tensor, Tensor):
+                    steps |= self.steps(tensor)
+            if steps:
+                self.mark(result, steps)
+        return result
+
+
 class _Run:
-    """One observed run."""
+    """One observed run.
+
+    Args:
+        model: A copy of fake tensors.
+        blocks: Names of its blocks.
+        check: Whether to refuse what is no chain of blocks.
+    """
 
     def __init__(self, model: nn.Module, blocks: Sequence[str], check: bool = False) -> None:
         self.model = model
@@ -202,11 +267,11 @@ class _Run:
         self.order: list[str] = []
         self.arguments: list[list[Any]] = []
         self.sources: list[list[int | None]] = []
+        self.depends: list[list[bool]] = []
+        self.outputs: list[list[Any]] = []
         self.outside: dict[str, int] = {}
         self.returned: dict[int, tuple[Tensor, int]] = {}
-        self.depth = 0
-        self.markers: dict[Tensor, int] = {}
-        self.used: dict[int, set[int]] = {}
+        self.origins = _Origins()
 
     def __call__(self, run: Callable[[nn.Module, Any], Any], inputs: Any) -> None:
         inside = {id(part) for name in self.blocks for part in self.model.get_submodule(name).modules()}
@@ -218,8 +283,11 @@ class _Run:
         for name, part in self.model.named_modules():
             if id(part) not in inside and (part._parameters or part._buffers):
                 handles.append(part.register_forward_pre_hook(partial(self._outside, name)))
+                if part._parameters and name:
+                    handles.append(part.register_forward_hook(self._replaced))
         try:
-            output = run(self.model, inputs)
+            with self.origins:
+                output = run(self.model, inputs)
         finally:
             for handle in handles:
                 handle.remove()
@@ -227,82 +295,63 @@ class _Run:
         if missing:
             raise UncuttableModelError(f"block {missing[0]!r} did not run: name the container of the blocks that do.")
         if self.check:
-            self._check_chain("what follows the last block", tree_flatten(_plain(output))[0])
+            self._check_chain("what follows the last block", tree_leaves(_plain(output)))
 
     def _enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if name in self.order:
             raise UncuttableModelError(f"block {name!r} runs twice in one forward: a model that does cannot be cut.")
         leaves, spec = tree_flatten((args, kwargs))
-        call = len(self.order)
         if self.check:
             self._check_chain(f"block {name!r}", leaves)
         self.order.append(name)
-        self._note_parameters(module.parameters())
+        self.origins.step = len(self.order)
         self.arguments.append(leaves)
         self.sources.append([self._source(leaf) for leaf in leaves])
+        self.depends.append([isinstance(leaf, Tensor) and bool(self.origins.steps(leaf)) for leaf in leaves])
         if not self.check:
             return None
-        # A fresh start of the graph before every block: what reaches back further is then seen.
-        marked = [self._marked(leaf, call) for leaf in leaves]
-        return tree_unflatten(marked, spec)
+        # A fresh start before every block: what reaches back further is then seen.
+        return tree_unflatten([self._marked(leaf) for leaf in leaves], spec)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        for leaf in tree_flatten(output)[0]:
+        self.outputs.append(tree_leaves(output))
+        for leaf in self.outputs[-1]:
             if isinstance(leaf, Tensor):
                 self.returned[id(leaf)] = leaf, len(self.order) - 1
+        self._replaced(module, args, output)
+
+    def _replaced(self, module: nn.Module, args: Any, output: Any) -> None:
+        # A stage without this module has nothing but the shapes of what it returns.
+        self.origins.mark(output, frozenset((len(self.order),)))
 
     def _outside(self, name: str, module: nn.Module, args: Any) -> None:
         self.outside.setdefault(name, len(self.order))
-        self._note_parameters(module._parameters.values())
-
-    def _note_parameters(self, parameters: Iterable[Tensor | None]) -> None:
-        for parameter in parameters:
-            self.used.setdefault(id(parameter), set()).add(len(self.order))
 
     def _source(self, leaf: Any) -> int | None:
         known = self.returned.get(id(leaf))
         return None if known is None else known[1]
 
-    def _marked(self, leaf: Any, call: int) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.requires_grad:
+    def _marked(self, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not self.origins.steps(leaf):
             return leaf
-        marker = leaf.detach().requires_grad_()
-        self.markers[marker] = call
+        marker = leaf.detach().requires_grad_(leaf.requires_grad)
+        self.origins.mark(marker, frozenset((len(self.order),)))
         return marker
 
     def _check_chain(self, here: str, leaves: Sequence[Any]) -> None:
         """What is used from here on must come from the block just run, or have been among its arguments too."""
-        call = len(self.order)
         before = {id(leaf) for leaf in self.arguments[-1]} if self.arguments else set()
         for leaf in leaves:
-            if not isinstance(leaf, Tensor) or not leaf.requires_grad or id(leaf) in before:
+            if not isinstance(leaf, Tensor) or id(leaf) in before:
                 continue
-            for source in _graph_leaves(leaf):
-                steps = {call} if source not in self.markers else {self.markers[source] + 1}
-                steps = self.used.get(id(source), steps)
-                if call not in steps:
-                    what = f"block {self.order[min(steps) - 1]!r}" if min(steps) else "what runs before the blocks"
-                    raise UncuttableModelError(
-                        f"{here} uses what {what} has computed or was given, which is not the one before it: the"
-                        " model is no chain of blocks and cannot be cut."
-                    )
-
-
-def _graph_leaves(tensor: Tensor) -> Iterator[Tensor]:
-    """Parameters and other starting points of the graph behind a tensor."""
-    if tensor.grad_fn is None:
-        yield tensor
-        return
-    seen, stack = set(), [tensor.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            yield variable
-        stack.extend(child for child, _ in node.next_functions if child is not None)
+            earlier = self.origins.steps(leaf) - {len(self.order)}
+            if earlier:
+                step = min(earlier)
+                what = f"block {self.order[step - 1]!r}" if step else "the part before the blocks"
+                raise UncuttableModelError(
+                    f"{here} uses what {what} has computed or was given, which is not the one before it: the"
+                    " model is no chain of blocks and cannot be cut."
+                )
 
 
 def _plain(output: Any) -> Any:
@@ -315,6 +364,10 @@ def _plain(output: Any) -> Any:
 def _combine(model: nn.Module, blocks: Sequence[str], first: _Run, second: _Run) -> ForwardTrace:
     if first.order != second.order or [len(a) for a in first.arguments] != [len(a) for a in second.arguments]:
         raise UncuttableModelError("the order of the blocks depends on the batch size: the model cannot be cut.")
+    for name, ones, twos in zip(second.order, first.outputs, second.outputs, strict=True):
+        for one, two in zip(ones, twos, strict=True):
+            if isinstance(one, Tensor) and isinstance(two, Tensor) and one.shape[1:] != two.shape[1:]:
+                raise UncuttableModelError(_ELSEWHERE.format(f"block {name!r} returns", list(one.shape)))
     calls = []
     for position, name in enumerate(second.order):
         leaves: list[Leaf | None] = []
@@ -324,6 +377,8 @@ def _combine(model: nn.Module, blocks: Sequence[str], first: _Run, second: _Run)
             if not isinstance(one, Tensor) or not isinstance(two, Tensor):
                 leaves.append(None)
                 continue
+            if one.shape[1:] != two.shape[1:]:
+                raise UncuttableModelError(_ELSEWHERE.format(f"block {name!r} is given", list(one.shape)))
             ratio = (one.shape[0], two.shape[0]) if one.ndim else (0, 0)
             batched = ratio[0] != ratio[1]
             if batched and ratio[0] * _SAMPLES[1] != ratio[1] * _SAMPLES[0]:
@@ -331,12 +386,13 @@ def _combine(model: nn.Module, blocks: Sequence[str], first: _Run, second: _Run)
                     f"block {name!r} is given a tensor of {ratio[0]} rows for {_SAMPLES[0]} samples and {ratio[1]} for"
                     f" {_SAMPLES[1]}: expected the batch in dimension 0."
                 )
-            if source is not None and not two.is_floating_point():
+            depends = second.depends[position][len(leaves)]
+            if position and depends and not two.is_floating_point():
                 raise UncuttableModelError(
-                    f"block {name!r} is given a tensor of {two.dtype} that an earlier block returned: only floating"
-                    " point can be sent between stages."
+                    f"block {name!r} is given a tensor of {two.dtype} that an earlier block or module computed: only"
+                    " floating point can be sent between stages."
                 )
-            leaves.append(Leaf(source, batched, two.requires_grad))
+            leaves.append(Leaf(source, batched, two.requires_grad, depends))
         calls.append((name, tuple(leaves)))
     done = []
     for position, (name, found) in enumerate(calls):

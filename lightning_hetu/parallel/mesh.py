@@ -35,6 +35,9 @@ class Layout:
 class PlanMesh:
     """All meshes that ``plan`` needs, built collectively.
 
+    ``stage`` is this rank's place in the pipeline. Where a rank has several stages (``plan.virtual_stages``), they
+    share all meshes.
+
     Args:
         plan: The plan; its ``world_size`` must be that of the process group.
         device_type: ``"cpu"``, ``"cuda"``, ...
@@ -54,7 +57,7 @@ class PlanMesh:
         self.rank = torch.distributed.get_rank()
         self.stage, self.stage_rank = divmod(self.rank, plan.devices_per_stage)
         self.root = init_device_mesh(device_type, (world_size,), mesh_dim_names=("world",))
-        stages, size = plan.pipeline_parallel_size, plan.devices_per_stage
+        stages, size = plan.pipeline_parallel_size, plan.devices_per_stage  # ranks of the pipeline, and their devices
 
         degrees = {(row.dp, row.tp) for _, row in plan.rows()}
         self._layouts: dict[tuple[int, int], Layout] = {}

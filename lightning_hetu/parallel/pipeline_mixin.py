@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from lightning_hetu.parallel.transformers_compat import counted_labels
+
 
 class PipelineEngine(Protocol):
     """What runs the pipeline behind a :class:`PipelineMixin`; implemented by the executor."""
@@ -98,9 +100,14 @@ class PipelineMixin:
         """Number of terms that :meth:`pipeline_loss` averages over, for losses that skip some (padding tokens).
 
         ``None`` says that every sample weighs the same. With weights, the loss of the global batch is
-        ``sum(weight * loss) / sum(weight)``, as on one device.
+        ``sum(weight * loss) / sum(weight)``, as on one device. By default a model that runs its own forward weighs by
+        its labels other than -100, everything else not at all.
         """
-        return None
+        if not runs_own_forward(self):
+            return None
+        module: Any = self
+        counted: Tensor | None = counted_labels(module.get_submodule(self.pipeline_model), target)
+        return counted
 
     def pipeline_modules(self) -> tuple[nn.Module, list[nn.Module], nn.Module]:
         """The embedding, the blocks and the head."""

@@ -14,7 +14,7 @@ def apply_recompute(layer: nn.Module) -> None:
     ``layer.forward`` is replaced on the instance: a wrapper module would put a prefix before every parameter name, and
     hooks on the layer (FSDP's, relayouts) must stay outside of the recomputation.
     """
-    if getattr(layer, "_hetu_recompute", False):
+    if is_recomputed(layer):
         return
     forward = layer.forward
 
@@ -25,3 +25,8 @@ def apply_recompute(layer: nn.Module) -> None:
 
     layer.forward = recomputed  # type: ignore[method-assign]
     layer._hetu_recompute = True  # type: ignore[assignment]
+
+
+def is_recomputed(layer: nn.Module) -> bool:
+    """Whether :func:`apply_recompute` has changed the layer."""
+    return getattr(layer, "_hetu_recompute", False) is True

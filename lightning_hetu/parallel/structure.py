@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import gcd
@@ -25,6 +26,8 @@ _TRANSFORMERS_STYLES = {
     "replicated_with_grad_allreduce": "per_head",
 }
 """What transformers (5.x, and 4.x where it differs) calls our styles."""
+_NORM_OF_TOKENS = re.compile(r"(Layer|RMS)_?Norm")
+"""Class names of norms that treat every token by itself, whoever wrote them."""
 
 
 @dataclass(frozen=True)
@@ -208,6 +211,92 @@ def outside_tensor_parallel_degrees(root: nn.Module, structure: ModelStructure, 
     """The same for all that runs outside of the blocks."""
     plan = outside_tensor_parallel_plan(root, structure)
     return _degrees([_split_size(root.get_submodule(name), style) for name, style in plan.items()] or [1], limit)
+
+
+@dataclass(frozen=True)
+class SequenceRegions:
+    """Where a sequence-parallel block works on whole sequences, and what it does to parts of them.
+
+    Args:
+        whole: The modules around the split products, attention and MLP: their input is gathered. Relative names.
+        norms: The norms outside of them, whose weights see the tokens of one rank only. Relative names.
+        dropouts: The dropouts outside of them. Relative names.
+    """
+
+    whole: tuple[str, ...]
+    norms: tuple[str, ...]
+    dropouts: tuple[str, ...]
+
+
+def sequence_regions(root: nn.Module, name: str) -> SequenceRegions:
+    """How the block ``name`` can be run with Megatron sequence parallelism.
+
+    Raises:
+        ValueError: If it cannot: the message is one line that says what stands in the way.
+    """
+    block = root.get_submodule(name)
+    plan = tensor_parallel_plan(root, name)
+    if not plan:
+        raise ValueError(f"{name} declares no tensor_parallel_plan, on which sequence parallelism builds.")
+    parents: dict[str, set[str]] = {}
+    for child, style in plan.items():
+        if style not in ("colwise", "rowwise", "per_head"):
+            raise ValueError(
+                f"{name}.{child} is {style}: with sequence parallelism use colwise and rowwise in a block."
+            )
+        parents.setdefault(child.rpartition(".")[0], set()).add(style)
+    # Elsewhere code may go by the shape of an input that is not gathered yet, without any error.
+    for parent, styles in parents.items():
+        if not parent:
+            raise ValueError(
+                f"{name} has split layers of its own: sequence parallelism needs them in submodules of it."
+            )
+        if not {"colwise", "rowwise"} <= styles:
+            raise ValueError(
+                f"{name}.{parent} has only {' and '.join(sorted(styles))} layers: sequence parallelism needs the"
+                " colwise and the rowwise ones of a product in one module."
+            )
+        outer = next((other for other in parents if parent.startswith(f"{other}.")), None)
+        if outer is not None:
+            raise ValueError(f"{name}.{parent} is inside of {outer}: sequence parallelism cannot gather in both.")
+    norms, dropouts = [], []
+    for child, module in block.named_modules():
+        # What is behind a row-wise product sees a part of the sequence, what is before it all: here nothing tells.
+        inside = any(child == parent or child.startswith(f"{parent}.") for parent in parents)
+        if type(module) is nn.Dropout and not inside:
+            dropouts.append(child)
+        own = [key for key, parameter in module._parameters.items() if parameter is not None]
+        if not own or child in plan:
+            continue
+        if inside or not _is_norm_of_tokens(module):
+            full = ".".join(part for part in (name, child, own[0]) if part)
+            raise ValueError(
+                f"parameter '{full}' is neither split nor of a LayerNorm or RMSNorm between the split products: its"
+                " gradient under sequence parallelism is not known."
+            )
+        norms.append(child)
+    return SequenceRegions(tuple(parents), tuple(norms), tuple(dropouts))
+
+
+def sequence_parallel_degrees(root: nn.Module, name: str, degrees: Iterable[int], length: int) -> tuple[int, ...]:
+    """Those of its tensor-parallel ``degrees`` that the block ``name`` can run with Megatron sequence parallelism.
+
+    Args:
+        root: The whole model.
+        name: Full name of the block.
+        degrees: Its tensor-parallel degrees.
+        length: Tokens per sample, which the degree must divide.
+    """
+    try:
+        sequence_regions(root, name)
+    except ValueError:
+        return ()
+    return tuple(degree for degree in degrees if degree > 1 and length % degree == 0)
+
+
+def _is_norm_of_tokens(module: nn.Module) -> bool:
+    known = isinstance(module, nn.LayerNorm | nn.RMSNorm) or _NORM_OF_TOKENS.search(type(module).__name__) is not None
+    return known and all(parameter is None or parameter.ndim == 1 for parameter in module._parameters.values())
 
 
 def _degrees(sizes: list[int], limit: int) -> tuple[int, ...]:

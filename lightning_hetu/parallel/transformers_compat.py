@@ -6,12 +6,13 @@ Nothing is imported that the user has not imported already.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import wraps
+from functools import _lru_cache_wrapper, wraps
+from types import CellType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def disable_caches(model: nn.Module) -> None:
@@ -23,6 +24,75 @@ def disable_caches(model: nn.Module) -> None:
         config = getattr(module, "config", None)
         if getattr(config, "use_cache", False):
             config.use_cache = False  # type: ignore[union-attr]
+
+
+@contextmanager
+def forget_fake_tensors() -> Iterator[None]:
+    """Empties the caches of functions of transformers behind a run on fake tensors, some of which would be in them."""
+    try:
+        yield
+    finally:
+        for name, module in list(sys.modules.items()):
+            if name.startswith("transformers.models."):
+                for value in list(vars(module).values()):
+                    _clear_caches(value)
+
+
+def _clear_caches(value: Any) -> None:
+    members = vars(value).values() if isinstance(value, type) else (value,)
+    for member in members:
+        function = member.__func__ if isinstance(member, staticmethod | classmethod) else member
+        # transformers wraps some of them, so that compilation goes around the cache
+        inside = [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if not _is_empty(cell)]
+        for candidate in (function, *inside):
+            if isinstance(candidate, _lru_cache_wrapper):
+                candidate.cache_clear()
+
+
+def _is_empty(cell: CellType) -> bool:
+    try:
+        return cell.cell_contents is cell
+    except ValueError:
+        return True
+
+
+def counted_labels(model: nn.Module, target: Any) -> Any:
+    """How many labels the mean loss of a model is over; ``None`` where it has none that could be ignored.
+
+    Args:
+        model: A model; those of transformers leave out labels of -100, in segmentation those of an option of theirs.
+        target: Its batch, or a tensor of labels.
+
+    Raises:
+        ValueError: If labels are ignored in a loss that is the sum of two means.
+    """
+    labels = target.get("labels") if isinstance(target, Mapping) else target
+    if not isinstance(labels, Tensor) or labels.is_floating_point():
+        return None
+    config = getattr(model, "config", None)
+    ignored = getattr(config, "semantic_loss_ignore_index", -100) if labels.ndim == 3 else -100
+    if isinstance(target, Mapping) and _shifts_labels(model):
+        labels = labels[..., 1:]
+    counted = labels.ne(ignored)
+    if isinstance(target, Mapping) and "next_sentence_label" in target and not bool(counted.all()):
+        raise ValueError(
+            f"{type(model).__name__} adds up two means, and labels of {ignored} make one of them uneven: implement"
+            " pipeline_loss for it, with one mean."
+        )
+    return counted.sum()
+
+
+def _shifts_labels(model: Any) -> bool:
+    """Whether a model itself compares its output with the next label."""
+    utilities = sys.modules.get("transformers.loss.loss_utils")
+    config = getattr(model, "config", None)
+    if (
+        utilities is None
+        or getattr(config, "is_encoder_decoder", False)
+        or getattr(config, "model_type", "") == "xlnet"
+    ):
+        return False
+    return getattr(model, "loss_function", None) is utilities.ForCausalLMLoss
 
 
 @contextmanager

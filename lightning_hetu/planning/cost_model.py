@@ -17,13 +17,13 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lightning_hetu.planning.pipeline import PipelineForm, StageTimes
-from lightning_hetu.planning.plan import HybridPlan, PlanPrediction, Schedule
+from lightning_hetu.planning.plan import HybridPlan, PlanPrediction, PricedSchedule
 
 if TYPE_CHECKING:
     from lightning_hetu.planning.layer_strategy import LayerStrategy
@@ -48,12 +48,22 @@ class Setting:
     global_batch_size: int
     num_microbatches: int
     stages: tuple[int, ...]
-    schedule: Schedule = "1f1b"
+    schedule: PricedSchedule = "1f1b"
 
     @classmethod
     def of(cls, plan: HybridPlan) -> Setting:
-        """The setting of a plan."""
-        return cls(plan.world_size, plan.global_batch_size, plan.num_microbatches, plan.stages, plan.schedule)
+        """The setting of a plan.
+
+        Raises:
+            ValueError: If its schedule is none of those that are priced.
+        """
+        schedule = plan.schedule
+        if schedule == "interleaved_1f1b" or schedule == "zero_bubble":
+            raise ValueError(
+                f"plan.schedule={schedule!r} is not available in predictions: expected one of"
+                f" {', '.join(get_args(PricedSchedule))}."
+            )
+        return cls(plan.world_size, plan.global_batch_size, plan.num_microbatches, plan.stages, schedule)
 
     @property
     def num_stages(self) -> int:

@@ -15,6 +15,7 @@ Three sets are offered:
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import permutations
 
 from lightning_hetu.planning.layer_strategy import DataParallelType, LayerStrategy
@@ -147,6 +148,7 @@ def layer_strategies(
     tp_degrees: Iterable[int],
     dp_types: Iterable[DataParallelType] = ("ddp", "zero2", "zero3"),
     recompute: Iterable[bool] = (False, True),
+    sequence_degrees: Iterable[int] = (),
 ) -> list[LayerStrategy]:
     """The strategies our executor runs in a stage of ``devices``: tensor parallelism innermost, no sp, no cp.
 
@@ -157,12 +159,14 @@ def layer_strategies(
         tp_degrees: Tensor-parallel degrees the layer can run with; those that do not divide ``devices`` are left out.
         dp_types: Types of data parallelism in the set.
         recompute: Which values of recomputation.
+        sequence_degrees: Those of ``tp_degrees`` that are offered with Megatron sequence parallelism too.
 
     Raises:
         ValueError: If ``devices`` is not a power of two.
     """
     check_device_count(devices, name="devices")
     kinds, flags = list(dict.fromkeys(dp_types)), list(dict.fromkeys(recompute))
+    cut = set(sequence_degrees) - {1}
     found: list[LayerStrategy] = []
     for flag in flags:
         for tp in sorted(set(tp_degrees)):
@@ -170,5 +174,8 @@ def layer_strategies(
                 continue
             dp = devices // tp
             for kind in kinds if dp > 1 else ["ddp"]:
-                found.append(LayerStrategy(dp=dp, tp=tp, dp_type=kind, recompute=flag))  # type: ignore[arg-type]
+                plain = LayerStrategy(dp=dp, tp=tp, dp_type=kind, recompute=flag)  # type: ignore[arg-type]
+                found.append(plain)
+                if tp in cut:
+                    found.append(replace(plain, sequence_parallel=True))
     return found

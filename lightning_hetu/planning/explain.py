@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import get_args
 
 from lightning_hetu.planning.layer_strategy import LayerStrategy
 from lightning_hetu.planning.partition import balance_degree
-from lightning_hetu.planning.plan import HybridPlan
+from lightning_hetu.planning.plan import HybridPlan, PricedSchedule
 from lightning_hetu.planning.units import format_bytes, format_seconds
 
 _MAX_WIDTH = 110
@@ -30,11 +31,12 @@ def explain(plan: HybridPlan) -> str:
 
 
 def _header(plan: HybridPlan) -> list[str]:
-    stages, world = plan.pipeline_parallel_size, plan.world_size
+    stages, world = len(plan.stages), plan.world_size
     even = len(set(plan.stages)) == 1
     sizes = str(plan.stages[0]) if even else ", ".join(map(str, plan.stages[:-1])) + f" and {plan.stages[-1]}"
     blocks = f"{stages} stage{'s' * (stages > 1)} of {sizes} block{'s' * (max(plan.stages) > 1)}"
     if stages > 1:
+        blocks += f", {plan.virtual_stages} per rank" if plan.virtual_stages > 1 else ""
         blocks += f", schedule {plan.schedule}"
     lines = [
         f"hybrid-parallel plan for {world} device{'s' * (world > 1)}: {blocks}",
@@ -43,7 +45,9 @@ def _header(plan: HybridPlan) -> list[str]:
     ]
     prediction = plan.prediction
     if prediction is None:
-        return [*lines, "no prediction: written by hand"]
+        priced = plan.schedule in get_args(PricedSchedule)
+        reason = "written by hand" if priced else f"not available for schedule {plan.schedule}"
+        return [*lines, f"no prediction: {reason}"]
     time = prediction.iteration_time
     rate = f", {plan.global_batch_size / time:.4g} samples/s" if time > 0 else ""
     budget = "" if prediction.memory_budget is None else f", budget {format_bytes(prediction.memory_budget)} per device"
@@ -69,7 +73,7 @@ def _table(plan: HybridPlan) -> list[str]:
     rows = plan.rows()
     row = 0
     for stage, (first, last) in enumerate(plan.stage_bounds):
-        end = last + 1 + (stage == plan.pipeline_parallel_size - 1)
+        end = last + 1 + (stage == len(plan.stages) - 1)
         row = 0 if stage == 0 else first + 1
         while row < end:
             stop = _run_end(plan, row, end)
@@ -170,6 +174,7 @@ def _traits(plan: HybridPlan) -> dict[str, str]:
         "batch": str(plan.global_batch_size),
         "microbatches": str(plan.num_microbatches),
         "schedule": plan.schedule,
+        "virtual_stages": str(plan.virtual_stages),
         "stages": "/".join(map(str, plan.stages)),
         "embedding": str(plan.embedding),
         "head": str(plan.head),

@@ -74,6 +74,8 @@ def write_galvatron_plan(plan: HybridPlan, path: str | Path) -> Path:
     if len(plain) > 1:
         raise ValueError(f"plan uses {' and '.join(plain)}: the format has one type of data parallelism besides zero3.")
     names = {ours: theirs for theirs, ours in _SCHEDULES.items()}
+    if plan.schedule not in names:
+        raise ValueError(f"plan.schedule={plan.schedule!r}: the format has {' and '.join(names)}.")
 
     def text(values: Iterable[int]) -> str:
         return ",".join(str(int(value)) for value in values)

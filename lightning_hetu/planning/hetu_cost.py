@@ -2,7 +2,9 @@
 
 Follows the estimator of Galvatron (arXiv 2211.13878, section 3.3) and differs where our runtime differs:
 
-* Tensor parallelism keeps activations replicated between layers: two all-reduces per direction and layer.
+* Tensor parallelism keeps activations replicated between layers: two all-reduces per direction and layer. With sequence
+  parallelism (arXiv 2205.05198, section 4.2.2) each is an all-gather and a reduce-scatter, and the layer's output and
+  the gradient of its input are gathered.
 * Sharded layers reduce-scatter their gradients in every microbatch, so only shards are kept. ``ddp`` accumulates full
   gradients and reduces them once per step, in the last microbatch.
 * ``zero3`` gathers parameters in forward and in backward of every microbatch, ``zero2`` once per step, ``ddp`` never.
@@ -134,6 +136,7 @@ class HetuCostModel(CostModel):
             setting.devices_per_stage,
             tp_degrees=self.layer(row).tp_degrees,
             recompute=(False, True) if 0 < row <= self.num_layers else (False,),
+            sequence_degrees=self.layer(row).sequence_degrees if 0 < row <= self.num_layers else (),
         )
 
     def row_name(self, row: int) -> str:
@@ -238,7 +241,7 @@ class HetuCostModel(CostModel):
         return strategy.dp_type != "ddp" and self.constants.reduce_every_microbatch
 
     def _tensor_seconds(self, row: int, strategy: LayerStrategy, samples: float) -> tuple[float, float]:
-        """All-reduces of activations of one microbatch in forward and in backward."""
+        """Sums and gathers of activations of one microbatch in forward and in backward."""
         if strategy.tp == 1:
             return 0.0, 0.0
         c = self.constants
@@ -253,6 +256,16 @@ class HetuCostModel(CostModel):
             backward += c.tp_recompute_reduces if strategy.recompute else 0
             message = self.boundary_bytes(row) * samples
         stride = 1 if strategy.tp_consecutive else strategy.shard_degree
+        if strategy.sequence_parallel:
+            gather, scatter = (
+                self.cluster.seconds(kind, strategy.tp, message, stride=stride)
+                for kind in ("all_gather", "reduce_scatter")
+            )
+            # Whole again: behind the layer its output, before it the gradient of its input. What a product gathers is
+            # not kept: backward gathers it once more, unless recomputation just did.
+            again = 0 if strategy.recompute else c.tp_forward_reduces
+            both = gather + scatter
+            return forward * both + gather, backward * both + (again + 1) * gather
         seconds = self.cluster.seconds("all_reduce", strategy.tp, message, stride=stride)
         return forward * seconds, backward * seconds
 
@@ -365,13 +378,24 @@ class HetuCostModel(CostModel):
         gather_forward = gathers_forward[strategy.dp_type] * full * self._gathered
         gather_backward = c.zero3_backward_gather * full * self._gathered if strategy.dp_type == "zero3" else 0.0
 
-        inside = LayerProfile.at_degree(layer.activation_bytes, tp) * samples
-        kept = min(layer.boundary_bytes * samples, inside) if strategy.recompute else inside
+        inside = layer.activations(tp, sequence_parallel=strategy.sequence_parallel) * samples
+        entry = layer.boundary_bytes * samples
         forward_extra = LayerProfile.at_degree(layer.forward_transient, tp) * samples
         backward_extra = LayerProfile.at_degree(layer.backward_transient, tp) * samples
+        rerun_extra, gathered = forward_extra, 0.0
+        if strategy.sequence_parallel:
+            # Beyond its part a rank has, for a moment, the whole input of the layer and of a product, and what the
+            # product's sum is scattered into; in backward only one whole input.
+            part = entry / tp
+            forward_extra += 2 * entry + part
+            rerun_extra += part
+            backward_extra += entry - part
+            gathered = c.tp_forward_reduces * (entry - part)  # in recomputation until backward
+            entry = part
+        kept = min(entry, inside) if strategy.recompute else inside
         if strategy.recompute:
             # Forward drops what is inside at once; right before its own backward all of it is there again.
-            backward_extra = inside - kept + max(backward_extra, forward_extra)
+            backward_extra = inside - kept + gathered + max(backward_extra, rerun_extra)
         if microbatches == 1 or self._reduces_every_microbatch(strategy):
             # Full gradients are made from the first layer of its backward on; elsewhere they are there already.
             backward_extra += LayerProfile.at_degree(layer.backward_gradients, tp) * self._reduced

@@ -31,9 +31,12 @@ class LayerStrategy:
         sp: Ulysses sequence-parallel degree (all-to-all over heads). Exclusive with ``tp``.
         cp: Context-parallel degree (ring attention).
         tp_consecutive: Whether the tensor-parallel group consists of neighboring ranks.
+        sequence_parallel: Whether the tensor-parallel ranks share out the sequence between the split products (Megatron
+            sequence parallelism, arXiv 2205.05198, section 4.2.2).
 
     Raises:
-        ValueError: If a degree is not a positive integer, ``dp_type`` is unknown, or ``tp`` and ``sp`` are both used.
+        ValueError: If a degree is not a positive integer, ``dp_type`` is unknown, ``tp`` and ``sp`` are both used, or
+            ``sequence_parallel`` is set without ``tp``.
     """
 
     dp: int = 1
@@ -43,19 +46,24 @@ class LayerStrategy:
     sp: int = 1
     cp: int = 1
     tp_consecutive: bool = True
+    sequence_parallel: bool = False
 
     def __post_init__(self) -> None:
         for name in ("dp", "tp", "sp", "cp"):
             degree = getattr(self, name)
             if isinstance(degree, bool) or not isinstance(degree, int) or degree < 1:
                 raise ValueError(f"LayerStrategy {name}={degree!r}: expected an integer of at least 1.")
-        for name in ("recompute", "tp_consecutive"):
+        for name in ("recompute", "tp_consecutive", "sequence_parallel"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"LayerStrategy {name}={getattr(self, name)!r}: expected true or false.")
         if self.dp_type not in _DP_TYPES:
             raise ValueError(f"LayerStrategy dp_type={self.dp_type!r}: expected one of {', '.join(_DP_TYPES)}.")
         if self.tp > 1 and self.sp > 1:
             raise ValueError(f"LayerStrategy tp={self.tp} with sp={self.sp}: they exclude each other, set one to 1.")
+        if self.sequence_parallel and self.tp == 1:
+            raise ValueError(
+                "LayerStrategy sequence_parallel=True with tp=1: the tensor-parallel ranks share it, use tp2."
+            )
 
     @property
     def num_devices(self) -> int:
@@ -73,6 +81,8 @@ class LayerStrategy:
         parts = parts or ["dp1"]
         if self.shard_degree > 1 or self.dp_type != "ddp":
             parts.append(self.dp_type)
+        if self.sequence_parallel:
+            parts.append("sequence")
         if self.recompute:
             parts.append("recompute")
         if not self.tp_consecutive:
@@ -106,6 +116,8 @@ class LayerStrategy:
                 key, item = degree.group(1), int(degree.group(2))
             elif part in _DP_TYPES:
                 key, item = "dp_type", part
+            elif part == "sequence":
+                key, item = "sequence_parallel", True
             elif part == "recompute":
                 key, item = "recompute", True
             elif part == "strided":
@@ -113,7 +125,7 @@ class LayerStrategy:
             else:
                 raise ValueError(
                     f"LayerStrategy {value!r}: unknown part {part!r}, expected dpN, tpN, spN, cpN, "
-                    f"{', '.join(_DP_TYPES)}, recompute or strided, joined by '-'."
+                    f"{', '.join(_DP_TYPES)}, sequence, recompute or strided, joined by '-'."
                 )
             if key in options:
                 raise ValueError(f"LayerStrategy {value!r}: {key} is given twice.")

@@ -170,14 +170,14 @@ def _shapes(plan: HybridPlan) -> tuple[list[_Shape], float]:
     shapes: list[_Shape] = [_Words(_MARGIN, 24, _title(plan), size=13)]
     if plan.prediction is not None:
         shapes.append(_Words(_LEFT + _CELLS + _GAP, 24, "peak memory per device", size=13))
-    for stage in range(plan.pipeline_parallel_size):
+    for stage in range(len(plan.stages)):
         y = float(_TOP + stage * _ROW)
         shapes += _stage(plan, stage, y, colors)
         if plan.prediction is not None:
             budget = plan.prediction.memory_budget
             longest = max(*plan.prediction.stage_memory, budget or 0)
             shapes += _memory(plan.prediction.stage_memory[stage], budget, longest, y)
-    x, y = float(_LEFT), float(_TOP + plan.pipeline_parallel_size * _ROW + 4)
+    x, y = float(_LEFT), float(_TOP + len(plan.stages) * _ROW + 4)
     for strategy in strategies:
         words = describe(strategy)
         if x > _LEFT and x + 30 + 7 * len(words) > _WIDTH:
@@ -194,10 +194,10 @@ def _stage(plan: HybridPlan, stage: int, y: float, colors: dict[LayerStrategy, s
     rows = [(str(index), plan.layers[index]) for index in range(first, last)]
     if stage == 0:
         rows.insert(0, ("emb", plan.embedding))
-    if stage == plan.pipeline_parallel_size - 1:
+    if stage == len(plan.stages) - 1:
         rows.append(("head", plan.head))
     # Embedding and head are cells too, so the fullest stage has at most its blocks and two more.
-    width = _CELLS / (max(plan.stages) + (2 if plan.pipeline_parallel_size == 1 else 1))
+    width = _CELLS / (max(plan.stages) + (2 if len(plan.stages) == 1 else 1))
     gap = min(3.0, width / 4)
     shapes: list[_Shape] = [_Words(_MARGIN, y + _HEIGHT / 2 + 4, f"stage {stage}", bold=True)]
     for position, (name, strategy) in enumerate(rows):

@@ -12,7 +12,9 @@ from typing import Any, Literal, get_args
 
 from lightning_hetu.planning.layer_strategy import LayerStrategy
 
-Schedule = Literal["1f1b", "gpipe"]
+PricedSchedule = Literal["1f1b", "gpipe"]
+"""The schedules that cost models and search know."""
+Schedule = Literal["1f1b", "gpipe", "interleaved_1f1b", "zero_bubble"]
 FORMAT_VERSION = 1
 
 
@@ -80,11 +82,14 @@ class HybridPlan:
         world_size: Number of devices.
         global_batch_size: Samples per step over all devices.
         num_microbatches: Pieces the global batch is cut into, one after another.
-        stages: Number of blocks in each pipeline stage, first stage first.
+        stages: Number of blocks in each pipeline stage, in model order. With ``virtual_stages`` they go round the ranks
+            of the pipeline: of ``P`` ranks, rank ``r`` has the stages ``r``, ``r + P``, and so on.
         layers: One strategy per block, in model order.
         embedding: Strategy of everything before the first block (first stage).
         head: Strategy of everything behind the last block, loss included (last stage).
-        schedule: Order of microbatches in the pipeline.
+        schedule: Order of microbatches in the pipeline. ``interleaved_1f1b`` is 1F1B over several stages per rank;
+            ``zero_bubble`` splits the backward, and computes gradients of weights where a rank would wait.
+        virtual_stages: Stages per rank of the pipeline.
         prediction: What the cost model expects; ``None`` for a plan written by hand.
         rejected: Alternatives, best first.
 
@@ -100,6 +105,7 @@ class HybridPlan:
     embedding: LayerStrategy
     head: LayerStrategy
     schedule: Schedule = "1f1b"
+    virtual_stages: int = 1
     prediction: PlanPrediction | None = None
     rejected: tuple[RejectedPlan, ...] = ()
 
@@ -107,7 +113,7 @@ class HybridPlan:
         object.__setattr__(self, "stages", tuple(self.stages))
         object.__setattr__(self, "layers", tuple(self.layers))
         object.__setattr__(self, "rejected", tuple(self.rejected))
-        for name in ("world_size", "global_batch_size", "num_microbatches"):
+        for name in ("world_size", "global_batch_size", "num_microbatches", "virtual_stages"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"plan.{name}={value!r}: expected an integer of at least 1.")
@@ -126,9 +132,15 @@ class HybridPlan:
                 f"plan.stages={list(self.stages)} holds {sum(self.stages)} blocks, but plan.layers has"
                 f" {len(self.layers)}."
             )
-        if self.world_size % len(self.stages):
+        if len(self.stages) % self.virtual_stages:
             raise ValueError(
-                f"plan.world_size={self.world_size} is not divisible by {len(self.stages)} pipeline stages."
+                f"plan.stages has {len(self.stages)} entries: expected a multiple of"
+                f" plan.virtual_stages={self.virtual_stages}."
+            )
+        if self.world_size % self.pipeline_parallel_size:
+            of = "stages" if self.virtual_stages == 1 else "ranks"
+            raise ValueError(
+                f"plan.world_size={self.world_size} is not divisible by {self.pipeline_parallel_size} pipeline {of}."
             )
         if self.global_batch_size % self.num_microbatches:
             raise ValueError(
@@ -140,11 +152,13 @@ class HybridPlan:
                 f"plan.num_microbatches={self.num_microbatches} is fewer than {len(self.stages)} stages: the 1f1b"
                 " schedule needs at least as many. Raise it, or use schedule='gpipe'."
             )
+        self._check_schedule()
         for name, strategy in self.rows():
             if strategy.num_devices != self.devices_per_stage:
                 raise ValueError(
                     f"plan.{name}={strategy} uses {strategy.num_devices} devices, but a stage has"
-                    f" {self.devices_per_stage} (world_size={self.world_size}, {len(self.stages)} stages)."
+                    f" {self.devices_per_stage} (world_size={self.world_size}, {len(self.stages)} stages"
+                    + (f", {self.virtual_stages} per rank)." if self.virtual_stages > 1 else ").")
                 )
             if self.microbatch_size % strategy.dp:
                 raise ValueError(
@@ -153,15 +167,51 @@ class HybridPlan:
                     f" cannot be split over dp={strategy.dp}."
                 )
 
+    def _check_schedule(self) -> None:
+        """Refuses combinations that the schedule does not have, or that it would compute wrongly."""
+        if self.schedule in get_args(PricedSchedule):
+            if self.virtual_stages > 1:
+                raise ValueError(
+                    f"plan.virtual_stages={self.virtual_stages}: schedule={self.schedule!r} has one stage per rank. Use"
+                    " schedule='interleaved_1f1b', or virtual_stages=1."
+                )
+            return
+        ranks = self.pipeline_parallel_size
+        if ranks == 1:
+            raise ValueError(
+                f"plan.schedule={self.schedule!r}: {len(self.stages)} stages with virtual_stages={self.virtual_stages}"
+                " are on one rank of the pipeline, expected at least 2 ranks. Use schedule='1f1b' with one stage."
+            )
+        if self.schedule == "interleaved_1f1b" and self.virtual_stages == 1:
+            raise ValueError(
+                "plan.virtual_stages=1: schedule='interleaved_1f1b' needs at least 2. Raise it, or use schedule='1f1b'."
+            )
+        if self.num_microbatches % ranks:
+            raise ValueError(
+                f"plan.num_microbatches={self.num_microbatches}: expected a multiple of {ranks} pipeline ranks with"
+                f" schedule={self.schedule!r}."
+            )
+        sharded = [name for name, row in self.rows() if row.dp_type == "zero3"]
+        if self.schedule == "zero_bubble" and sharded:
+            raise ValueError(
+                f"plan.{sharded[0]}={dict(self.rows())[sharded[0]]}: schedule='zero_bubble' splits the backward, which"
+                " gives wrong gradients where parameters are freed between its parts. Use zero2 or ddp, or"
+                " schedule='1f1b'."
+            )
+
     @property
     def pipeline_parallel_size(self) -> int:
-        """Number of pipeline stages."""
-        return len(self.stages)
+        """Ranks of the pipeline: the number of stages, where each rank has one."""
+        return len(self.stages) // self.virtual_stages
 
     @property
     def devices_per_stage(self) -> int:
         """Devices that work on one stage together."""
-        return self.world_size // len(self.stages)
+        return self.world_size // self.pipeline_parallel_size
+
+    def stages_of_rank(self, rank: int) -> range:
+        """The stages that a rank of the pipeline works on, in model order."""
+        return range(rank, len(self.stages), self.pipeline_parallel_size)
 
     @property
     def microbatch_size(self) -> int:
@@ -200,6 +250,7 @@ class HybridPlan:
         embedding: LayerStrategy | str | None = None,
         head: LayerStrategy | str | None = None,
         schedule: Schedule = "1f1b",
+        virtual_stages: int = 1,
     ) -> HybridPlan:
         """A plan with the same strategy in every block; ``stages`` may be a count, blocks are then spread evenly.
 
@@ -210,7 +261,7 @@ class HybridPlan:
             stages = even_stages(num_layers, stages)
         plain = replace(strategy, recompute=False)
         return cls(
-            world_size=strategy.num_devices * len(stages),
+            world_size=strategy.num_devices * len(stages) // max(virtual_stages, 1),
             global_batch_size=global_batch_size,
             num_microbatches=num_microbatches,
             stages=tuple(stages),
@@ -218,6 +269,7 @@ class HybridPlan:
             embedding=plain if embedding is None else LayerStrategy.parse(embedding),
             head=plain if head is None else LayerStrategy.parse(head),
             schedule=schedule,
+            virtual_stages=virtual_stages,
         )
 
     def explain(self) -> str:
@@ -240,6 +292,8 @@ class HybridPlan:
             "layers": [str(layer) for layer in self.layers],
             "head": str(self.head),
         }
+        if self.virtual_stages > 1:
+            out["virtual_stages"] = self.virtual_stages
         if self.prediction is not None:
             out["prediction"] = {
                 key: list(value) if isinstance(value, tuple) else value for key, value in vars(self.prediction).items()
@@ -263,10 +317,13 @@ class HybridPlan:
             raise ValueError(f"plan.version={version!r}: this release reads version {FORMAT_VERSION}.")
         required = ("world_size", "global_batch_size", "num_microbatches", "stages", "layers", "embedding", "head")
         missing = [key for key in required if key not in data]
-        unknown = [key for key in data if key not in (*required, "schedule", "prediction", "rejected")]
+        optional = ("schedule", "virtual_stages", "prediction", "rejected")
+        unknown = [key for key in data if key not in (*required, *optional)]
         if missing or unknown:
             problem = f"lacks {', '.join(missing)}" if missing else f"has unknown {', '.join(unknown)}"
-            raise ValueError(f"the plan {problem}: expected {', '.join(required)} and optionally schedule.")
+            raise ValueError(
+                f"the plan {problem}: expected {', '.join(required)} and optionally schedule, virtual_stages."
+            )
         try:
             prediction = data.get("prediction")
             if prediction is not None:
@@ -287,6 +344,7 @@ class HybridPlan:
             embedding=LayerStrategy.parse(data["embedding"]),
             head=LayerStrategy.parse(data["head"]),
             schedule=data.get("schedule", "1f1b"),
+            virtual_stages=data.get("virtual_stages", 1),
             prediction=prediction,
             rejected=rejected,
         )

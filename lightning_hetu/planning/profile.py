@@ -36,6 +36,8 @@ class LayerProfile:
         tp_degrees: Tensor-parallel degrees the layer can run with (its plan is known and divides).
         tp_forward_time: ``{tp: points}`` like ``forward_time``, of what one of ``tp`` ranks computes; where a degree is
             missing, a ``tp``-th of the whole layer.
+        sequence_degrees: Those of ``tp_degrees`` with which the layer can run with Megatron sequence parallelism, too.
+        sequence_activation_bytes: ``activation_bytes`` under sequence parallelism; see :meth:`activations`.
         trainable_fraction: Share of ``parameter_bytes`` that is trained (has gradients and optimizer states).
     """
 
@@ -52,15 +54,30 @@ class LayerProfile:
     tp_degrees: tuple[int, ...] = (1,)
     trainable_fraction: float = 1.0
     tp_forward_time: Mapping[int, tuple[tuple[float, float], ...]] = field(default_factory=dict)
+    sequence_degrees: tuple[int, ...] = ()
+    sequence_activation_bytes: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         points = tuple(sorted((float(n), float(t)) for n, t in self.forward_time))
         object.__setattr__(self, "forward_time", points)
-        for name in ("activation_bytes", "forward_transient", "backward_transient", "backward_gradients"):
+        for name in (
+            "activation_bytes",
+            "forward_transient",
+            "backward_transient",
+            "backward_gradients",
+            "sequence_activation_bytes",
+        ):
             object.__setattr__(self, name, {int(k): float(v) for k, v in getattr(self, name).items()})
         times = {int(k): tuple(sorted((float(n), float(t)) for n, t in v)) for k, v in self.tp_forward_time.items()}
         object.__setattr__(self, "tp_forward_time", times)
         object.__setattr__(self, "tp_degrees", tuple(sorted({1, *map(int, self.tp_degrees)})))
+        object.__setattr__(self, "sequence_degrees", tuple(sorted({*map(int, self.sequence_degrees)})))
+        unknown = [degree for degree in self.sequence_degrees if degree == 1 or degree not in self.tp_degrees]
+        if unknown:
+            raise ValueError(
+                f"layer {self.name!r}: sequence_degrees={list(self.sequence_degrees)} must be among its tensor-parallel"
+                f" degrees {list(self.tp_degrees[1:])}."
+            )
         if not points or points[0][0] <= 0 or any(t < 0 for _, t in points):
             raise ValueError(f"layer {self.name!r}: forward_time needs (samples > 0, seconds >= 0) points.")
         if not 0 <= self.tp_parameter_bytes <= self.parameter_bytes:
@@ -82,6 +99,19 @@ class LayerProfile:
         index = min(bisect_left([n for n, _ in points], samples), len(points) - 1)
         (x0, y0), (x1, y1) = points[index - 1], points[index]
         return max(y0 + (y1 - y0) * (samples - x0) / (x1 - x0), 0.0)
+
+    def activations(self, tp: int, *, sequence_parallel: bool = False) -> float:
+        """Bytes per sample that one of ``tp`` ranks keeps from forward to backward.
+
+        Under sequence parallelism every activation between the split products is cut along the sequence and every one
+        inside of them along heads or columns; what is gathered for a product is not kept (arXiv 2205.05198, section
+        4.2.2 and table 2). Where ``sequence_activation_bytes`` has no entry that makes ``activation_bytes[1] / tp``.
+        """
+        if not sequence_parallel:
+            return self.at_degree(self.activation_bytes, tp)
+        if tp in self.sequence_activation_bytes:
+            return self.sequence_activation_bytes[tp]
+        return self.at_degree(self.activation_bytes, 1) / tp
 
     def parameters(self, tp: int) -> float:
         """Parameter bytes on one of ``tp`` tensor-parallel ranks."""

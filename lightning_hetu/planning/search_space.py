@@ -12,7 +12,7 @@ from typing import Any, get_args
 from lightning_hetu.planning.cost_model import CostModel, Setting
 from lightning_hetu.planning.enumeration import powers_of_two
 from lightning_hetu.planning.layer_strategy import DataParallelType, LayerStrategy
-from lightning_hetu.planning.plan import Schedule, even_stages
+from lightning_hetu.planning.plan import PricedSchedule, Schedule, even_stages
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Pins:
     pipeline_parallel_size: int | None = None
     stages: tuple[int, ...] | None = None
     num_microbatches: int | None = None
-    schedule: Schedule | None = None
+    schedule: PricedSchedule | None = None
     layers: tuple[LayerStrategy | None, ...] | None = None
     embedding: LayerStrategy | None = None
     head: LayerStrategy | None = None
@@ -75,8 +75,12 @@ class Pins:
                 raise ValueError(f"pipeline_parallel_size={count} contradicts stages={given!r}: give one of them.")
             # A number of stages leaves open where the model is cut.
             values["stages"] = None if isinstance(given, int) else stages
-        if "schedule" in values and values["schedule"] not in get_args(Schedule):
-            raise ValueError(f"schedule={values['schedule']!r}: expected one of {', '.join(get_args(Schedule))}.")
+        if "schedule" in values and values["schedule"] not in get_args(PricedSchedule):
+            hint = (
+                " The search does not know it; give a plan instead." if values["schedule"] in get_args(Schedule) else ""
+            )
+            known = ", ".join(get_args(PricedSchedule))
+            raise ValueError(f"schedule={values['schedule']!r}: expected one of {known}.{hint}")
         if "dp_type" in values:
             values["dp_type"] = _as_tuple(values["dp_type"])
             for kind in values["dp_type"]:
@@ -127,7 +131,7 @@ class Pins:
         Of the schedules, only ``1f1b`` is searched: ``gpipe`` takes at least the same memory, and the same time but for
         what happens once per step.
         """
-        schedule: Schedule = self.schedule or "1f1b"
+        schedule: PricedSchedule = self.schedule or "1f1b"
         for count in self._stage_counts(model):
             stages = self.stages or even_stages(model.num_layers, count)
             for microbatches in self._microbatch_counts(model, global_batch_size):

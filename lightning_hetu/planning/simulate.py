@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from lightning_hetu.planning.cluster import ClusterSpec
-from lightning_hetu.planning.cost_model import predict
+from lightning_hetu.planning.cost_model import Setting, predict
 from lightning_hetu.planning.hetu_cost import HetuConstants, HetuCostModel
 from lightning_hetu.planning.plan import HybridPlan
 from lightning_hetu.planning.profile import ModelProfile
@@ -257,10 +257,11 @@ def simulate(
     if detail == "stage":
         work = [_without_rows(item) for item in work]
     p2p = [(after.border[0], before.border[1]) for before, after in zip(stages[:-1], stages[1:], strict=True)]
-    orders = action_lists(plan.schedule, len(stages), plan.num_microbatches)
+    schedule = Setting.of(plan).schedule
+    orders = action_lists(schedule, len(stages), plan.num_microbatches)
     actions, transfers = _run(orders, work, [stage.final() for stage in stages], p2p, overlap_p2p=False)
     predicted = predict(model, plan).iteration_time
-    return Simulation(plan.schedule, plan.num_microbatches, actions, transfers, predicted)
+    return Simulation(schedule, plan.num_microbatches, actions, transfers, predicted)
 
 
 def _without_rows(work: _Work) -> _Work:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from lightning_hetu.parallel.structure import (
     ModelStructure,
     outside_tensor_parallel_degrees,
     outside_tensor_parallel_plan,
+    sequence_parallel_degrees,
     tensor_parallel_degrees,
     tensor_parallel_plan,
 )
@@ -60,8 +62,17 @@ class ForwardParts:
     Has the interface of :class:`~lightning_hetu.profiling._parts.ModelParts`.
     """
 
-    def __init__(self, module: nn.Module, structure: ModelStructure, autocast: AutocastFactory, max_tp: int) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        structure: ModelStructure,
+        autocast: AutocastFactory,
+        max_tp: int,
+        *,
+        sequence_parallel: bool = False,
+    ) -> None:
         assert structure.trace is not None and structure.model is not None
+        self.sequence_parallel = sequence_parallel
         self.module = module
         self.structure = structure
         self.trace = structure.trace
@@ -115,7 +126,12 @@ class ForwardParts:
             below = trained or any(
                 p.requires_grad for call in self.trace.calls[:last] for p in model.get_submodule(call.name).parameters()
             )
-            types.append(measure(self._block(model, index, seen.arguments[index], rows, below, kind)))
+            profile = measure(self._block(model, index, seen.arguments[index], rows, below, kind))
+            if self.sequence_parallel:
+                profile = with_sequence_degrees(
+                    profile, self.module, self.structure.blocks[index], seen.arguments[index]
+                )
+            types.append(profile)
         trained |= any(p.requires_grad for c in self.trace.calls for p in model.get_submodule(c.name).parameters())
         head = measure(self._behind(model, inputs, target, seen, rows, trained))
         return embedding, tuple(types), head
@@ -216,6 +232,22 @@ class ForwardParts:
             input_requires_grad=None,
             boundary_bytes=_bytes(sent[:1], rows),
         )
+
+
+def with_sequence_degrees(profile: LayerProfile, root: nn.Module, name: str, arguments: Any) -> LayerProfile:
+    """The profile of a block with the degrees at which it may be sequence-parallel.
+
+    Args:
+        profile: Without them.
+        root: The whole module.
+        name: Full name of the block.
+        arguments: What the block is given: the first floating-point tensor is ``[samples, sequence, hidden]``.
+    """
+    tensors = (leaf for leaf in tree_flatten(arguments)[0] if isinstance(leaf, Tensor) and leaf.is_floating_point())
+    tokens = next(tensors, None)
+    if tokens is None or tokens.ndim != 3:
+        return profile
+    return replace(profile, sequence_degrees=sequence_parallel_degrees(root, name, profile.tp_degrees, tokens.shape[1]))
 
 
 class _Observed:

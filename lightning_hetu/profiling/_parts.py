@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lightning_hetu.parallel.structure import ModelStructure, tensor_parallel_degrees, tensor_parallel_plan
 from lightning_hetu.planning.profile import LayerProfile
 from lightning_hetu.profiling._case import LayerCase, tensor_bytes
-from lightning_hetu.profiling._forward_parts import ForwardParts
+from lightning_hetu.profiling._forward_parts import ForwardParts, with_sequence_degrees
 from lightning_hetu.profiling._isolation import AutocastFactory
 from lightning_hetu.profiling._layers import group_layers
 
@@ -23,9 +23,27 @@ _log = logging.getLogger(__name__)
 
 
 class ModelParts:
-    """The parts of a model with pipeline support, ready to be measured one by one."""
+    """The parts of a model with pipeline support, ready to be measured one by one.
 
-    def __init__(self, module: nn.Module, structure: ModelStructure, autocast: AutocastFactory, max_tp: int) -> None:
+    Args:
+        module: The whole module.
+        structure: Where its parts are.
+        autocast: What forward runs under.
+        max_tp: Largest tensor-parallel degree of interest.
+        sequence_parallel: Whether the blocks are offered with Megatron sequence parallelism, where they and the length
+            of the sequences allow it. All batches must then have lengths that the degree divides.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        structure: ModelStructure,
+        autocast: AutocastFactory,
+        max_tp: int,
+        *,
+        sequence_parallel: bool = False,
+    ) -> None:
+        self.sequence_parallel = sequence_parallel
         self.module = module
         self.structure = structure
         self.autocast = autocast
@@ -71,7 +89,10 @@ class ModelParts:
                 # A kind that also occurs further up gets a gradient there if anything below it is trained.
                 needs_gradient = trained or (kind is not None and self._trained_before_last(kind))
                 case = self._case(str(name), here, hidden, target if last else None, kind)
-                profiles.append(measure(replace(case, input_requires_grad=needs_gradient)))
+                profile = measure(replace(case, input_requires_grad=needs_gradient))
+                if self.sequence_parallel and kind is not None:
+                    profile = with_sequence_degrees(profile, self.module, str(name), hidden)
+                profiles.append(profile)
                 if not last:
                     hidden = self._run(str(name), here, hidden)
             trained |= any(parameter.requires_grad for parameter in part.parameters())
@@ -118,11 +139,16 @@ class ModelParts:
 
 
 def model_parts(
-    module: nn.Module, structure: ModelStructure, autocast: AutocastFactory, max_tp: int
+    module: nn.Module,
+    structure: ModelStructure,
+    autocast: AutocastFactory,
+    max_tp: int,
+    *,
+    sequence_parallel: bool = False,
 ) -> ModelParts | ForwardParts:
     """The parts of a model with pipeline support, of either kind."""
     kind = ModelParts if structure.trace is None else ForwardParts
-    return kind(module, structure, autocast, max_tp)
+    return kind(module, structure, autocast, max_tp, sequence_parallel=sequence_parallel)
 
 
 def place(part: nn.Module, device: torch.device) -> nn.Module:

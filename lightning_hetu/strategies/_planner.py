@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_hetu.parallel.data import batch_samples
-from lightning_hetu.parallel.forward_trace import trace_structure
+from lightning_hetu.parallel.forward_trace import UncuttableModelError, trace_structure
 from lightning_hetu.parallel.pipeline_mixin import PipelineMixin, runs_own_forward
 from lightning_hetu.parallel.structure import ModelStructure, find_structure
 from lightning_hetu.planning import ClusterSpec, HetuConstants, HybridPlan, LayerStrategy, ModelProfile, search
@@ -130,14 +130,20 @@ def _some(batch: Any) -> Any:
 def model_structure(module: LightningModule, blocks: str | None, trainer: Trainer) -> ModelStructure:
     """Where the layers of the module are; a model that runs its own forward is traced with a batch of its data.
 
+    One that cannot be cut is run as a module without pipeline support.
+
     Raises:
-        ValueError: If they cannot be found, or the model cannot be cut.
+        ValueError: If they cannot be found.
     """
     if not runs_own_forward(module):
         return find_structure(module, blocks)
     step = compat.step_of_run(trainer, module)
     inputs, _ = pipeline_example(module, example_batch(trainer), step)
-    return trace_structure(module, inputs, blocks)
+    try:
+        return trace_structure(module, inputs, blocks)
+    except UncuttableModelError as error:
+        rank_zero_warn(f"{error} It is planned as one stage without microbatches.")
+        return find_structure(module, blocks)
 
 
 def pipeline_example(

@@ -17,7 +17,9 @@ from lightning_hetu.planning import (
     ModelProfile,
     diff,
     search,
+    write_galvatron_plan,
 )
+from lightning_hetu.planning.cost_model import Setting
 
 LAYER = LayerProfile(
     "block",
@@ -86,6 +88,15 @@ def test_a_plan_by_hand_survives_json() -> None:
         ({"prediction": 5}, "malformed"),
         ({"rejected": [5]}, "malformed"),
         ({"colour": "red"}, "unknown colour"),
+        ({"virtual_stages": 0}, "plan.virtual_stages=0"),
+        ({"virtual_stages": "2"}, "plan.virtual_stages='2'"),
+        ({"virtual_stages": 3}, "plan.stages has 2 entries: expected a multiple of plan.virtual_stages=3"),
+        ({"stages": [3, 1, 1], "virtual_stages": 3}, "plan.virtual_stages=3: schedule='1f1b' has one stage per rank"),
+        ({"schedule": "gpipe", "virtual_stages": 2}, "plan.virtual_stages=2: schedule='gpipe' has one stage per rank"),
+        ({"schedule": "interleaved_1f1b"}, "plan.virtual_stages=1: schedule='interleaved_1f1b' needs at least 2"),
+        ({"schedule": "interleaved_1f1b", "virtual_stages": 2}, "expected at least 2 ranks"),
+        ({"schedule": "zero_bubble", "stages": [5]}, "expected at least 2 ranks"),
+        ({"schedule": "zero_bubble"}, r"plan.layers\[0\]=dp4-zero3: schedule='zero_bubble' .* zero2 or ddp"),
     ],
 )
 def test_malformed_plans_are_one_line_errors(change: dict[str, Any], message: str) -> None:
@@ -94,6 +105,36 @@ def test_malformed_plans_are_one_line_errors(change: dict[str, Any], message: st
     with pytest.raises(ValueError, match=message) as error:
         HybridPlan.from_json(json.dumps(data))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("schedule", ["interleaved_1f1b", "zero_bubble"])
+def test_several_stages_per_rank(schedule: Any, tmp_path: Path) -> None:
+    """Stages go round the ranks; files say so, older ones need not, and what cannot be priced is not."""
+    plan = HybridPlan.uniform(
+        "dp2", num_layers=8, global_batch_size=8, num_microbatches=4, stages=4, schedule=schedule, virtual_stages=2
+    )
+    assert (plan.world_size, plan.pipeline_parallel_size, plan.devices_per_stage) == (4, 2, 2)
+    assert [list(plan.stages_of_rank(rank)) for rank in range(2)] == [[0, 2], [1, 3]]
+    assert plan.stage_bounds == ((0, 2), (2, 4), (4, 6), (6, 8))
+    assert HybridPlan.load(plan.save(tmp_path / "plan.json")) == plan
+    assert "virtual_stages" not in mixed_plan().to_dict()
+    text = plan.explain()
+    assert f"4 stages of 2 blocks, 2 per rank, schedule {schedule}" in text
+    assert f"no prediction: not available for schedule {schedule}" in text
+    table = [line.split("|")[1].strip() for line in text.splitlines() if "|" in line]
+    assert table == ["stage", "0", "0", "1", "2", "3", "3"]
+    with pytest.raises(ValueError, match=f"^plan.schedule='{schedule}' is not available in predictions: .*gpipe.$"):
+        Setting.of(plan)
+    with pytest.raises(ValueError, match=f"^schedule='{schedule}': expected one of 1f1b, gpipe. .* give a plan"):
+        search(PROFILE, CLUSTER, memory_budget="200MiB", global_batch_size=8, schedule=schedule)
+    with pytest.raises(ValueError, match="plan.schedule=.*: the format has 1f1b and gpipe"):
+        write_galvatron_plan(plan, tmp_path / "galvatron.json")
+    with pytest.raises(ValueError, match="plan.num_microbatches=1: expected a multiple of 2 pipeline ranks"):
+        replace(plan, num_microbatches=1)
+    with pytest.raises(ValueError, match="plan.world_size=3 is not divisible by 2 pipeline ranks"):
+        replace(plan, world_size=3)
+    with pytest.raises(ValueError, match=r"uses 4 devices, but a stage has 2 .*4 stages, 2 per rank\)"):
+        replace(plan, head=LayerStrategy(dp=4))
 
 
 def test_missing_fields_and_broken_files_are_named(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from lightning_hetu.parallel.forward_trace import trace_structure
 from lightning_hetu.planning import cluster_preset, search
 from lightning_hetu.profiling import estimate_model, profile_model
-from tests.models.tiny_transformers import tiny_batch
+from tests.models.tiny_transformers import tiny_batch, tiny_model
 from tests.parallel.test_forward import Module
 
 
@@ -80,3 +80,13 @@ def test_plans_for_devices_that_are_not_there(kind: str) -> None:
     plan = search(profile, cluster_preset("4xA100-80GB"), memory_budget="1GiB", global_batch_size=8)
     assert plan.embedding == plan.head
     assert plan.num_layers == len(structure.blocks)
+
+
+def test_keys_and_values_are_not_kept_while_profiling() -> None:
+    """A model as transformers builds it keeps them, and they would grow with every timed run."""
+    module, batch = Module("llama"), tiny_batch("llama", 4)
+    module.model = tiny_model("llama", use_cache=True)
+    structure = trace_structure(module, batch)
+    profile = profile_model(module, structure, batch, batch_sizes=(2, 4), repeats=2)
+    assert profile.block(0).forward_seconds(4) > 0
+    assert module.model(**batch).past_key_values is None

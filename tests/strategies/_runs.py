@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hetu.models import GPTLightningModule, TransformersModule
+from lightning_hetu.parallel.pipeline_mixin import PipelineMixin
 from lightning_hetu.planning import HybridPlan, LayerStrategy
 from lightning_hetu.strategies.auto import AutoHybridParallelStrategy
 
@@ -180,7 +181,38 @@ class T5(TransformersModule):
         super().__init__("T5ForConditionalGeneration", sizes, lr_schedule="constant")
 
 
+class Skipping(PipelineMixin, Blocks):
+    """Names a model that is no chain of blocks: a later block sees what an earlier one was given."""
+
+    pipeline_model = "whole"
+    tensor_parallel_plan: Any = None
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(VOCABULARY, 16)
+            self.layers = nn.ModuleList(Blocks.Block(16) for _ in range(3))
+            self.out = nn.Linear(16, VOCABULARY)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            hidden = first = self.table(tokens)
+            for layer in self.layers:
+                hidden = layer(hidden + first, torch.ones(len(tokens)))
+            return self.out(hidden)
+
+    def __init__(self) -> None:
+        LightningModule.__init__(self)
+        self.whole = self.Net()
+
+    def pipeline_loss(self, output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(output.flatten(0, 1), target.flatten())
+
+    def _loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return self.pipeline_step(*batch)
+
+
 MODULES = {
+    "skipping": Skipping,
     "llama": Llama,
     "t5": T5,
     "gpt": Small,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,9 @@ from tests.strategies._runs import Thawing, plan_of, train
 PIPELINE = plan_of("dp2-zero3 dp2 tp2 dp2-zero2-recompute dp2-zero3 tp2", 4, (2, 2), 4)
 FLAT = plan_of("dp4-zero3 dp4 tp4 dp4-zero2-recompute dp2-tp2-zero3 dp2-tp2", 4, (4,), 2)
 DEEP = plan_of("dp1 dp1 dp1-recompute dp1 dp1 dp1", 4, (1, 1, 1, 1), 4)
+INTERLEAVED = replace(PIPELINE, stages=(1, 1, 1, 1), schedule="interleaved_1f1b", virtual_stages=2)
+ZERO_BUBBLE = plan_of("dp2-zero2 dp2 tp2 dp2-zero2-recompute dp2-zero2 tp2", 4, (2, 2), 4)
+ZERO_BUBBLE = replace(ZERO_BUBBLE, schedule="zero_bubble")
 PLAIN_MIXED = plan_of("dp2-tp2-zero2 dp4-zero3 dp2-tp2 tp4-recompute dp4 dp2-tp2-zero2", 4, (4,))
 PLAIN_DP = plan_of("dp4 dp4 dp4-zero2 dp4-zero3 dp4-zero3-recompute dp4", 4, (4,))
 
@@ -34,6 +38,9 @@ def same(actual: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e
     [
         pytest.param(PIPELINE, {}, marks=pytest.mark.slow),
         (PIPELINE, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.05}),
+        (INTERLEAVED, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.05}),
+        pytest.param(INTERLEAVED, {"module": "grouped", "module_options": {"frozen": 1}}, marks=pytest.mark.slow),
+        pytest.param(ZERO_BUBBLE, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.05}, marks=pytest.mark.slow),
         (FLAT, {"accumulate_grad_batches": 3, "gradient_clip_val": 0.05}),
         (DEEP, {"gradient_clip_val": 0.001, "gradient_clip_algorithm": "value"}),
         (PIPELINE, {"module": "grouped", "gradient_clip_val": 0.05}),
@@ -46,6 +53,9 @@ def same(actual: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e
     ids=[
         "pipeline",
         "pipeline-accumulate-clip",
+        "interleaved-accumulate-clip",
+        "interleaved-frozen-stage",
+        "zero-bubble-accumulate-clip",
         "flat-accumulate-clip",
         "deep-clip-value",
         "groups-of-all-stages",
@@ -93,8 +103,8 @@ def test_resume_under_any_plan(ranks: Any, tmp_path: Any) -> None:
     saved = tmp_path / "eight" / "epoch=0.ckpt"
     resumed = {**options, "ckpt_path": str(saved)}
     two = plan_of("dp1 dp1 dp1 dp1 dp1 dp1", 2, (1, 3), 2)
-    for world, plan in ((4, PIPELINE), (4, FLAT), (2, two)):
-        actual = ranks(world).run(train, str(tmp_path / f"{world}-{plan.pipeline_parallel_size}"), plan, resumed)[0]
+    for world, plan in ((4, PIPELINE), (4, FLAT), (4, INTERLEAVED), (2, two)):
+        actual = ranks(world).run(train, str(tmp_path / f"{world}-{len(plan.stages)}"), plan, resumed)[0]
         assert actual["losses"] == pytest.approx(whole["losses"][6:], rel=1e-5)
     # in mid-epoch, where the loader must go on with the fifth batch of the shuffled order
     middle = {**options, "shuffle": True, "max_epochs": -1, "val_check_interval": 4}

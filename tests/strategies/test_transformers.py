@@ -22,8 +22,12 @@ T5_8 = plan_of("dp4-zero2 dp4-zero3 dp4 dp4-zero2 dp4-recompute dp4-zero2", 8, (
 
 @pytest.mark.parametrize(
     ("kind", "plan"),
-    [("llama", LLAMA_4), ("llama", LLAMA_8), ("t5", T5_4), ("t5", T5_8)],
-    ids=["llama-4", "llama-8", "t5-4", "t5-8"],
+    [
+        pytest.param("llama", LLAMA_4, id="llama-4", marks=pytest.mark.slow),
+        pytest.param("llama", LLAMA_8, id="llama-8"),
+        pytest.param("t5", T5_4, id="t5-4"),
+        pytest.param("t5", T5_8, id="t5-8", marks=pytest.mark.slow),
+    ],
 )
 def test_fit_equals_plain_trainer(ranks: Any, tmp_path: Any, kind: str, plan: Any) -> None:
     """Two uneven stages: losses, weights, metrics, validation and test are those of one device."""
@@ -39,13 +43,28 @@ def test_planned_and_trained(ranks: Any, tmp_path: Any, kind: str) -> None:
     """Profiled, planned under a budget that one stage does not fit, and trained as on one device."""
     options = {"module": kind, "max_epochs": 1, "limit_train_batches": 3, "evaluate": False}
     expected = train(0, str(tmp_path / "one"), None, options)
-    strategy = {"memory_budget": "8MiB", "profile_cache": str(tmp_path / "cache"), "pins": {"pipeline_parallel_size": 2}}
+    strategy = {
+        "memory_budget": "8MiB",
+        "profile_cache": str(tmp_path / "cache"),
+        "pins": {"pipeline_parallel_size": 2},
+    }
     for actual in ranks(4).run(train, str(tmp_path / "many"), "auto", {**options, "strategy": strategy}):
         assert actual["plan"].pipeline_parallel_size == 2
         assert actual["losses"] == pytest.approx(expected["losses"], rel=1e-5)
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_a_model_that_cannot_be_cut_runs_in_one_stage(ranks: Any, tmp_path: Any) -> None:
+    """It is refused for more, and trained as on one device without."""
+    options = {"module": "skipping", "max_epochs": 1}
+    expected = train(0, str(tmp_path / "one"), None, options)
+    plan = plan_of("dp4 dp4-zero3 dp4 dp4-zero2 dp4", 4, (3,))
+    for actual in ranks(4).run(train, str(tmp_path / "many"), plan, options):
+        same(actual, expected)
+    with pytest.raises(RuntimeError, match="plan has 2 stages and 2 microbatches"):
+        ranks(4).run(train, str(tmp_path / "two"), plan_of("dp2 dp2 dp2 dp2 dp2", 4, (2, 1), 2), options)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", pytest.param("bf16-true", marks=pytest.mark.slow)])
 def test_half_precision_follows_one_device(ranks: Any, tmp_path: Any, precision: str) -> None:
     """To the rounding of bfloat16."""
     options = {"module": "llama", "max_epochs": 1, "evaluate": False, "precision": precision}
@@ -57,7 +76,7 @@ def test_half_precision_follows_one_device(ranks: Any, tmp_path: Any, precision:
 @pytest.mark.parametrize(
     ("kind", "wide", "others", "module"),
     [
-        ("llama", LLAMA_8, [LLAMA_4, LLAMA_FLAT], Llama),
+        pytest.param("llama", LLAMA_8, [LLAMA_4, LLAMA_FLAT], Llama, marks=pytest.mark.slow),
         ("t5", T5_8, [T5_4, plan_of("dp2 dp2 dp2 dp2 dp2 dp2", 4, (2, 2), 2)], T5),
     ],
 )
