@@ -175,12 +175,15 @@ def build_transformer(architecture: str, config: Mapping[str, Any], pretrained: 
         settings = make_config()
         # Tokens that start and end a text are options of generation, which models read from their configuration.
         places = (settings, transformers.GenerationConfig())
-        known = {name for place in places for name in dir(place)} | set(settings.attribute_map)
-        for name in config:
-            if name not in known:
-                near = get_close_matches(name, known, 1)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"config.{name}={config[name]!r}: {type(settings).__name__} has no such option.{hint}")
+        known = {name for place in places for name in dir(place) if name[0] != "_"} | set(settings.attribute_map)
+        for name in set(config) - known:
+            # Configurations take options that they have no default for; a slip of the pen is close to a known one.
+            near = get_close_matches(name, known, 1, cutoff=0.85)
+            if near:
+                raise ValueError(
+                    f"config.{name}={config[name]!r}: {type(settings).__name__} has no such option. Did you mean"
+                    f" {near[0]!r}?"
+                )
         model = kind(make_config(**config))
     disable_caches(model)
     return model

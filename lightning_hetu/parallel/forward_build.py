@@ -8,6 +8,7 @@ stay the same.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import get_args
 
 import torch
@@ -17,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_hetu.parallel.build import RemovedLayers, parallelize
 from lightning_hetu.parallel.forward_stage import ForwardStage, StandIn
+from lightning_hetu.parallel.forward_trace import ForwardTrace
 from lightning_hetu.parallel.mesh import PlanMesh
 from lightning_hetu.parallel.shard import apply_data_parallel
 from lightning_hetu.parallel.stage import boundary_dp
@@ -76,7 +78,7 @@ def module_stages(root: nn.Module, structure: ModelStructure, plan: HybridPlan) 
         if part in inside or not own:
             continue
         full = f"{structure.model}.{name}" if name else structure.model
-        position = structure.trace.outside.get(name)
+        position = _position(structure.trace, name)
         if position is None:
             idle.append((full, own))
             continue
@@ -86,6 +88,16 @@ def module_stages(root: nn.Module, structure: ModelStructure, plan: HybridPlan) 
     for full, own in idle:
         stages[full] = next((owners[p] for p in own if p in owners), plan.pipeline_parallel_size - 1)
     return stages
+
+
+def _position(trace: ForwardTrace, name: str) -> int | None:
+    """Where a module ran, or the module it is a part of and that uses its parameters."""
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):
+        position = trace.outside.get(".".join(parts[:count]))
+        if position is not None:
+            return position
+    return None
 
 
 def tied_parameters(root: nn.Module, stages: dict[str, int]) -> list[TiedParameter]:
@@ -142,7 +154,8 @@ def build_forward_stage(root: nn.Module, structure: ModelStructure, plan: Hybrid
             )
         removed.append(name)
     outermost = [name for name in removed if not any(name.startswith(f"{other}.") for other in removed)]
-    taken = RemovedLayers(root, outermost, StandIn)
+    device = next(model.parameters()).device
+    taken = RemovedLayers(root, outermost, partial(StandIn, device=device))
 
     for index in range(first, last):
         parallelize(root, structure.blocks[index], plan.layers[index], mesh)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
 
-from lightning_hetu.parallel.forward_trace import BlockCall, ForwardTrace, batch_rows
+from lightning_hetu.parallel.forward_trace import BlockCall, ForwardTrace, batch_rows, fake_copy
 from lightning_hetu.parallel.mesh import PlanMesh
 from lightning_hetu.parallel.pipeline_mixin import call_model
 from lightning_hetu.parallel.relayout import relayout, relayout_shared
@@ -37,19 +37,25 @@ class StandIn(nn.Module):
     """Takes the place of a module that another stage runs: returns zeros, in the shapes that module would return.
 
     Args:
-        module: The module. Its parameters are not seen through the stand-in; other attributes are.
+        module: The module. Its parameters are no parameters of the stand-in, which shows zeros in their place; other
+            attributes are seen through it.
+        device: Where the model computes.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, device: torch.device | str = "cpu") -> None:
         super().__init__()
         self.__dict__["_module"] = module  # no child: its parameters must not be counted here
+        self.__dict__["_device"] = torch.device(device)
         self.__dict__["_outputs"] = {}
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(self.__dict__["_module"], name)
+            value = getattr(self.__dict__["_module"], name)
+        if isinstance(value, Tensor) and value.is_meta:
+            return torch.zeros((), dtype=value.dtype, device=self.__dict__["_device"]).expand(value.shape)
+        return value
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Zeros of the shapes and dtypes that the module returns for such arguments; no gradient flows through."""
@@ -68,23 +74,22 @@ class StandIn(nn.Module):
 
     def _shapes(self, leaves: Sequence[Any], spec: Any) -> Any:
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        device = tensors[0].device if tensors else torch.device("cpu")
+        device = tensors[0].device if tensors else self.__dict__["_device"]
         module = self.__dict__["_module"]
         with torch.no_grad():
             if torch._guards.detect_fake_mode(tensors) is not None:
                 args, kwargs = tree_unflatten(leaves, spec)
                 return module(*args, **kwargs)
             with forget_fake_tensors(), FakeTensorMode(allow_non_fake_inputs=True):
-                on_meta = any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
-                place = torch.device("meta") if on_meta else device
+                copied = fake_copy(module, device).train(self.training)
 
                 def fake(value: Any) -> Any:
                     if not isinstance(value, Tensor):
                         return value
-                    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=place)
+                    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
 
                 args, kwargs = tree_map(fake, tree_unflatten(leaves, spec))
-                output = module(*args, **kwargs)
+                output = copied(*args, **kwargs)
             # one value shown in all places: it takes no memory
             return tree_map_only(
                 Tensor, lambda x: torch.zeros((), dtype=x.dtype, device=device).expand(x.shape), output

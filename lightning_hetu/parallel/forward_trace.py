@@ -8,6 +8,7 @@ given. A model whose later blocks use something else of the earlier ones (a skip
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -180,14 +181,14 @@ def fake_copy(part: nn.Module, device: torch.device | str = "cpu") -> nn.Module:
 
 
 def batch_rows(inputs: Any) -> int:
-    """Samples in a batch: dimension 0 of its first tensor that has one.
+    """Samples in a batch: the size of dimension 0 that most of its tensors have; of several, that of the first one.
 
     Raises:
-        ValueError: If there is no such tensor.
+        ValueError: If no tensor has dimensions.
     """
-    for item in tree_flatten(inputs)[0]:
-        if isinstance(item, Tensor) and item.ndim:
-            return int(item.shape[0])
+    sizes = Counter(int(item.shape[0]) for item in tree_leaves(inputs) if isinstance(item, Tensor) and item.ndim)
+    if sizes:
+        return sizes.most_common(1)[0][0]
     raise ValueError(f"inputs is a {type(inputs).__name__} without a tensor that has a batch dimension.")
 
 
@@ -224,6 +225,7 @@ class _Origins(TorchDispatchMode):
         super().__init__()
         self.step = 0
         self._steps: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self.first_use: dict[int, int] = {}
 
     def steps(self, tensor: Any) -> frozenset[int]:
         """The steps that a value comes from; empty where every stage can compute it."""
@@ -246,6 +248,8 @@ class _Origins(TorchDispatchMode):
             for tensor in tree_leaves((args, kwargs)):
                 if isinstance(tensor, Tensor):
                     steps |= self.steps(tensor)
+                if isinstance(tensor, nn.Parameter):
+                    self.first_use.setdefault(id(tensor), self.step)
             if steps:
                 self.mark(result, steps)
         return result
@@ -291,6 +295,11 @@ class _Run:
         finally:
             for handle in handles:
                 handle.remove()
+        for name, part in self.model.named_modules():
+            # A table that is looked into without calling its module belongs to where that happens.
+            uses = [self.origins.first_use[id(p)] for p in part._parameters.values() if id(p) in self.origins.first_use]
+            if uses and name not in self.outside and id(part) not in inside:
+                self.outside[name] = min(uses)
         missing = [name for name in self.blocks if name not in self.order]
         if missing:
             raise UncuttableModelError(f"block {missing[0]!r} did not run: name the container of the blocks that do.")
@@ -322,7 +331,9 @@ class _Run:
 
     def _replaced(self, module: nn.Module, args: Any, output: Any) -> None:
         # A stage without this module has nothing but the shapes of what it returns.
-        self.origins.mark(output, frozenset((len(self.order),)))
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor):
+                self.origins.mark(leaf, self.origins.steps(leaf) | {len(self.order)})
 
     def _outside(self, name: str, module: nn.Module, args: Any) -> None:
         self.outside.setdefault(name, len(self.order))

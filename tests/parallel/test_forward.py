@@ -15,7 +15,7 @@ from lightning_hetu.parallel.build import check_plan_fits_model, synchronize_ini
 from lightning_hetu.parallel.clip import clip_gradients_by_norm
 from lightning_hetu.parallel.forward_build import build_forward_stage
 from lightning_hetu.parallel.forward_executor import ForwardExecutor
-from lightning_hetu.parallel.forward_trace import UncuttableModelError, trace_forward, trace_structure
+from lightning_hetu.parallel.forward_trace import UncuttableModelError, batch_rows, trace_forward, trace_structure
 from lightning_hetu.parallel.mesh import PlanMesh
 from lightning_hetu.parallel.pipeline_mixin import PipelineMixin, call_model
 from lightning_hetu.planning.layer_strategy import LayerStrategy
@@ -174,12 +174,12 @@ class Toy(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.table = nn.Embedding(11, 8)
-        self.scale = nn.Linear(8, 8)
+        self.positions = nn.Embedding(7, 8)
         self.stack = nn.ModuleList(ToyBlock(index == 0) for index in range(4))
         self.out = nn.Linear(8, 11)
 
     def forward(self, tokens: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        hidden, bias = torch.tanh(self.table(tokens)), None
+        hidden, bias = torch.tanh(self.table(tokens) + self.positions.weight[: tokens.shape[1]]), None
         for block in self.stack:
             hidden, bias = block(hidden, bias)
         logits = self.out(hidden)
@@ -209,13 +209,14 @@ class Remembers(nn.Module):
         self.kind = kind
         self.table = nn.Linear(4, 4)
         self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.out = nn.Linear(4, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         x = kept = self.table(x)
         for block in self.blocks:
             x = block(x)
         kept = kept.detach() if self.kind == "detached" else kept.argmax(dim=1, keepdim=True)
-        return (x * kept).sum()
+        return self.out(x * kept).sum()
 
 
 class BatchSecond(nn.Module):
@@ -295,6 +296,15 @@ def test_fake_tensors_do_not_stay_in_the_model() -> None:
     with suppress(UncuttableModelError):
         trace_forward(model, call_model, batch)
     assert type(model(**batch).loss) is Tensor
+
+
+def test_samples_of_a_batch() -> None:
+    """What most tensors have in dimension 0, wherever they stand."""
+    weights, tokens = torch.ones(6), torch.ones(3, 6)
+    assert batch_rows({"weights": weights, "tokens": tokens, "labels": tokens}) == 3
+    assert batch_rows([tokens, weights]) == 3
+    with pytest.raises(ValueError, match="without a tensor that has a batch dimension"):
+        batch_rows({"x": torch.tensor(1.0)})
 
 
 def test_the_batch_does_not_need_to_be_computed() -> None:
