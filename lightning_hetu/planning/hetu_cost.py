@@ -325,10 +325,10 @@ class HetuCostModel(CostModel):
     # ---- memory -----------------------------------------------------------------------------------------------------
 
     def stage_base(self, stage: int, setting: Setting, strategies: Sequence[LayerStrategy] | None = None) -> Bytes:
-        """The runtime's own memory, and the activations that wait at the borders of the stage."""
+        """The runtime's own memory, and the activations that wait at the end of the stage."""
         rows = setting.rows(stage)
-        borders = [rows[0]] if stage > 0 else []
-        borders += [rows[-1] + 1] if stage < setting.num_stages - 1 else []
+        # What a stage was sent is the input that its first row keeps; what it sends is kept by nobody else.
+        borders = [rows[-1] + 1] if stage < setting.num_stages - 1 else []
         samples = setting.microbatch_size / self._border_shards(setting)
         waiting = sum(self.boundary_bytes(row) for row in borders) * samples
         return byte_vector(transient=self.constants.context_bytes, activations=waiting * setting.in_flight(stage))
