@@ -6,11 +6,12 @@ every microbatch, microbatch after microbatch, so that cutting its rows into equ
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_hetu.planning.plan import HybridPlan
 
@@ -51,6 +52,39 @@ def finer_rows(values: Any, samples: int, microbatches: int, parts: int, part: i
         return tensor.index_select(0, rows.to(tensor.device))
 
     return tree_map_only(torch.Tensor, pick, values)
+
+
+def batch_samples(batch: Any) -> int:
+    """Samples in a batch: the size of dimension 0 that most of its tensors have; of several, that of the first one.
+
+    Raises:
+        ValueError: If no tensor in it has dimensions.
+    """
+    sizes = Counter(int(leaf.shape[0]) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim)
+    if not sizes:
+        raise ValueError(f"a batch of type {type(batch).__name__} is without a tensor that has a batch dimension.")
+    return sizes.most_common(1)[0][0]
+
+
+def microbatches_of(values: Any, samples: int, count: int) -> list[Any]:
+    """The values of each microbatch; tensors without the batch in dimension 0 go to all of them.
+
+    Args:
+        values: Tensors whose dimension 0 counts ``samples`` local rows, in any nesting.
+        samples: Local rows.
+        count: Microbatches in them.
+    """
+    size = samples // count
+
+    def part(index: int) -> Any:
+        def rows(tensor: Tensor) -> Tensor:
+            if tensor.ndim == 0 or tensor.shape[0] != samples:
+                return tensor
+            return tensor[index * size : (index + 1) * size]
+
+        return tree_map_only(Tensor, rows, values)
+
+    return [part(index) for index in range(count)]
 
 
 def local_dp(plan: HybridPlan) -> int:

@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler
 
 from lightning_hetu.parallel.batch import (
+    batch_samples,
     evaluation_microbatches,
     largest_dp,
     local_dp,
@@ -149,18 +150,6 @@ def select_rows(batch: Any, select: RowSelector) -> Any:
         return tensor.index_select(0, rows.to(tensor.device))
 
     return tree_map_only(torch.Tensor, pick, batch)
-
-
-def batch_samples(batch: Any) -> int:
-    """Samples in a batch: dimension 0 of its first tensor that has one.
-
-    Raises:
-        ValueError: If there is no tensor in it.
-    """
-    for leaf in tree_leaves(batch):
-        if isinstance(leaf, torch.Tensor) and leaf.ndim:
-            return int(leaf.shape[0])
-    raise ValueError(f"a batch of type {type(batch).__name__} holds no tensor to tell its number of samples from.")
 
 
 def check_training_batches(loader: Any, plan: HybridPlan, steps: int | None) -> int | None:

@@ -24,7 +24,7 @@ from lightning_hetu.parallel.forward_stage import ForwardStage
 from lightning_hetu.parallel.gradients import HeldGradients, loss_that_releases
 from lightning_hetu.parallel.mesh import PlanMesh
 from lightning_hetu.parallel.pipeline_mixin import PipelineMixin
-from lightning_hetu.parallel.stage import HybridPipelineStage, StageGroup, StageModule, UnmanagedStage
+from lightning_hetu.parallel.stage import HybridPipelineStage, StageGroup, StageModule, UnmanagedStage, stage_autocast
 from lightning_hetu.planning.plan import HybridPlan
 
 # A head with gathered columns returns a view of a DTensor. FSDP warns of in-place operations on it; there are none.
@@ -175,7 +175,7 @@ class PipelineExecutor:
         return 1.0 / total.clamp(min=torch.finfo(torch.float32).tiny)
 
     def _loss(self, output: Tensor, target: Tensor) -> Tensor:
-        with self.stage.autocast(output.device.type):
+        with stage_autocast(output.device.type, self.stage.autocast_dtype):
             loss = self.module.pipeline_loss(output, target)
         weight = self.module.pipeline_loss_weight(target)
         return loss * self._loss_scale if weight is None else loss * (weight * self._loss_scale)

@@ -24,7 +24,6 @@ from lightning_hetu.parallel.shard import apply_data_parallel
 from lightning_hetu.parallel.stage import boundary_dp
 from lightning_hetu.parallel.structure import ModelStructure, outside_tensor_parallel_plan
 from lightning_hetu.parallel.tensor import apply_tensor_parallel
-from lightning_hetu.parallel.transformers_compat import disable_caches
 from lightning_hetu.planning.plan import HybridPlan, PricedSchedule
 
 
@@ -133,7 +132,6 @@ def build_forward_stage(root: nn.Module, structure: ModelStructure, plan: Hybrid
             " per rank and whole backwards. Use schedule='1f1b' with virtual_stages=1."
         )
     model = root.get_submodule(structure.model)
-    disable_caches(model)
     first, last = plan.stage_bounds[mesh.stage]
     stages = module_stages(root, structure, plan)
     tied = tied_parameters(root, stages)

@@ -6,11 +6,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
+from lightning_hetu.parallel.batch import batch_samples, microbatches_of
 from lightning_hetu.parallel.executor import PipelineExecutor
 from lightning_hetu.parallel.forward_stage import ForwardStage
-from lightning_hetu.parallel.forward_trace import batch_rows
 
 
 class ForwardExecutor(PipelineExecutor):
@@ -31,10 +31,10 @@ class ForwardExecutor(PipelineExecutor):
         """
         self.steps += 1
         training = torch.is_grad_enabled() and cast(nn.Module, self.module).training
-        rows = batch_rows(inputs)
+        rows = batch_samples(inputs)
         microbatches = self._microbatches(rows, training)
-        parts = _cut(inputs, rows, microbatches)
-        targets = parts if target is None else _cut(target, rows, microbatches)
+        parts = microbatches_of(inputs, rows, microbatches)
+        targets = parts if target is None else microbatches_of(target, rows, microbatches)
         scales = self._scales(targets, microbatches)
         kept: list[Tensor | None] = [None] * microbatches
 
@@ -54,7 +54,7 @@ class ForwardExecutor(PipelineExecutor):
 
     def forward(self, inputs: Any) -> Tensor:
         """The model's output tensor for the rows of this rank, in every stage; without gradients."""
-        rows = batch_rows(inputs)
+        rows = batch_samples(inputs)
         microbatches = self._microbatches(rows, training=False)
         kept: list[Tensor | None] = [None] * microbatches
 
@@ -62,7 +62,7 @@ class ForwardExecutor(PipelineExecutor):
             kept[index] = self.module.pipeline_output(output).detach()
             return torch.zeros(1, device=self.device)
 
-        self._run_parts(_cut(inputs, rows, microbatches), finish, None, training=False)
+        self._run_parts(microbatches_of(inputs, rows, microbatches), finish, None, training=False)
         outputs = [output for output in kept if output is not None]
         return self._to_all_stages(torch.cat(outputs) if outputs else None)
 
@@ -95,18 +95,3 @@ class ForwardExecutor(PipelineExecutor):
 
     def _loss(self, output: Tensor, target: Tensor) -> Tensor:
         return output.sum()
-
-
-def _cut(values: Any, rows: int, microbatches: int) -> list[Any]:
-    """The values of each microbatch; tensors without the batch in dimension 0 go to all of them."""
-    size = rows // microbatches
-
-    def part(index: int) -> Any:
-        def pick(value: Any) -> Any:
-            if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] != rows:
-                return value
-            return value[index * size : (index + 1) * size]
-
-        return tree_map(pick, values)
-
-    return [part(index) for index in range(microbatches)]

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
 
-from lightning_hetu.parallel.forward_trace import BlockCall, ForwardTrace, batch_rows, fake_copy
+from lightning_hetu.parallel.batch import batch_samples
+from lightning_hetu.parallel.forward_trace import BlockCall, ForwardTrace, fake_copy
 from lightning_hetu.parallel.mesh import PlanMesh
 from lightning_hetu.parallel.pipeline_mixin import call_model
 from lightning_hetu.parallel.relayout import relayout, relayout_shared
+from lightning_hetu.parallel.stage import stage_autocast
 from lightning_hetu.parallel.transformers_compat import forget_fake_tensors, steady_masks
 
 
@@ -358,15 +360,6 @@ class ForwardStage(nn.Module):
         """Rows of the microbatch that is running, under ``dp`` batch shards."""
         return self.samples * self.outside_dp // dp
 
-    def autocast(self, device_type: str) -> torch.autocast:
-        """The context that the forward runs under; see :meth:`StageModule.autocast`."""
-        return torch.autocast(
-            device_type,
-            dtype=self.autocast_dtype or torch.bfloat16,
-            enabled=self.autocast_dtype is not None,
-            cache_enabled=False,
-        )
-
     def check_running(self, *_: Any) -> None:
         """Refuses a call of the model that does not come from a stage.
 
@@ -389,11 +382,11 @@ class ForwardStage(nn.Module):
             What the next stage is sent; in the last stage what ``finish`` makes of the model's output.
         """
         inputs = self.microbatches[self.microbatch]
-        self.samples = batch_rows(inputs)
+        self.samples = batch_samples(inputs)
         device = next(leaf.device for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
         # Without layouts to change no rank needs to know what the others have.
         masks = steady_masks if self.moves_masks else nullcontext
-        with self.autocast(device.type), masks():
+        with stage_autocast(device.type, self.autocast_dtype), masks():
             result = self.segment.run(partial(call_model, self.model, inputs), received)
             if isinstance(result, StageEnd):
                 return result.tensors

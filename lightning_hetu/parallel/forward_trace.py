@@ -1,14 +1,14 @@
 """Reads from one run of a model's own forward where it can be cut into pipeline stages.
 
 The run is on fake tensors: nothing is computed. It tells in which order the blocks are called, with which arguments,
-and what runs outside of them. From that follows what a stage must be sent: every tensor with a gradient that a block is
-given. A model whose later blocks use something else of the earlier ones (a skip connection) cannot be cut in between.
+and what runs outside of them. From that follows what a stage must be sent: every tensor a block is given that another
+stage cannot compute for itself. A model whose later blocks use something else of the earlier ones (a skip connection)
+cannot be cut in between.
 """
 
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.weak import WeakIdKeyDictionary
 
+from lightning_hetu.parallel.batch import batch_samples
 from lightning_hetu.parallel.pipeline_mixin import PipelineMixin, call_model
 from lightning_hetu.parallel.structure import ModelStructure, children_of, children_of_one_class
 from lightning_hetu.parallel.transformers_compat import disable_caches, forget_fake_tensors
@@ -142,7 +143,7 @@ def trace_forward(
     Args:
         model: The model, on any device; it is not changed.
         run: Calls a model: ``run(model, inputs)``; what it returns must lead to the loss.
-        inputs: A batch, any nesting of tensors; those with as many rows as the first one are batched.
+        inputs: A batch, any nesting of tensors; those with as many rows as most have are batched.
         blocks: Names of the blocks, in any order; by default they are found.
 
     Raises:
@@ -153,11 +154,11 @@ def trace_forward(
         for parameter in copied.parameters():
             # What is not trained must reach later stages just the same.
             parameter.requires_grad_(parameter.is_floating_point())
-        if blocks is None:
-            blocks = _find_blocks(copied, lambda: run(copied, fake_batch(inputs, _SAMPLES[0])))
-        first = _Run(copied, blocks, check=True)
-        second = _Run(copied, blocks)
         try:
+            if blocks is None:
+                blocks = _find_blocks(copied, lambda: run(copied, fake_batch(inputs, _SAMPLES[0])))
+            first = _Run(copied, blocks, check=True)
+            second = _Run(copied, blocks)
             first(run, fake_batch(inputs, _SAMPLES[0]))
             second(run, fake_batch(inputs, _SAMPLES[1]))
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
@@ -180,21 +181,9 @@ def fake_copy(part: nn.Module, device: torch.device | str = "cpu") -> nn.Module:
     return copy.deepcopy(part, memo).train()
 
 
-def batch_rows(inputs: Any) -> int:
-    """Samples in a batch: the size of dimension 0 that most of its tensors have; of several, that of the first one.
-
-    Raises:
-        ValueError: If no tensor has dimensions.
-    """
-    sizes = Counter(int(item.shape[0]) for item in tree_leaves(inputs) if isinstance(item, Tensor) and item.ndim)
-    if sizes:
-        return sizes.most_common(1)[0][0]
-    raise ValueError(f"inputs is a {type(inputs).__name__} without a tensor that has a batch dimension.")
-
-
 def fake_batch(inputs: Any, samples: int, device: torch.device | str = "cpu") -> Any:
     """The batch with ``samples`` rows; to be called in fake mode."""
-    rows = batch_rows(inputs)
+    rows = batch_samples(inputs)
 
     def fake(value: Any) -> Any:
         if not isinstance(value, Tensor):

@@ -45,27 +45,23 @@ class StageModule(nn.Module):
         self.autocast_dtype: torch.dtype | None = None
         self.removed: Any = None
 
-    def autocast(self, device_type: str) -> torch.autocast:
-        """The context that layers and loss run under.
-
-        Without autocast's cache of cast weights: a cast that a later microbatch took from an earlier one has an older
-        node in the graph, so its gradient would arrive after FSDP has already reduced those of the layer.
-        """
-        return torch.autocast(
-            device_type,
-            dtype=self.autocast_dtype or torch.bfloat16,
-            enabled=self.autocast_dtype is not None,
-            cache_enabled=False,
-        )
-
     def forward(self, hidden: Tensor) -> Tensor:
         """Runs one microbatch of local rows, shape ``[samples / input_dp, ...]``."""
-        with self.autocast(hidden.device.type):
+        with stage_autocast(hidden.device.type, self.autocast_dtype):
             current = self.input_dp
             for layer, dp in zip(self.layers, self.degrees, strict=True):
                 hidden = layer(relayout(hidden, self.mesh, current, dp))
                 current = dp
             return relayout(hidden, self.mesh, current, self.output_dp)
+
+
+def stage_autocast(device_type: str, dtype: torch.dtype | None) -> torch.autocast:
+    """The context that a stage runs under; ``None`` is no autocast.
+
+    Without autocast's cache of cast weights: a cast that a later microbatch took from an earlier one has an older node
+    in the graph, so its gradient would arrive after FSDP has already reduced those of the layer.
+    """
+    return torch.autocast(device_type, dtype=dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=False)
 
 
 class StageGroup(nn.Module):
@@ -90,11 +86,6 @@ class StageGroup(nn.Module):
     def autocast_dtype(self, dtype: torch.dtype | None) -> None:
         for stage in self.stages:
             stage.autocast_dtype = dtype  # type: ignore[assignment]
-
-    def autocast(self, device_type: str) -> torch.autocast:
-        """The context that layers and loss run under."""
-        context: torch.autocast = self.stages[-1].autocast(device_type)  # type: ignore[operator]
-        return context
 
 
 class UnmanagedStage(nn.Module):

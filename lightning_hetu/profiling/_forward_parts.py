@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,14 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from lightning_hetu.parallel.batch import batch_samples
 from lightning_hetu.parallel.forward_stage import Segment, StageEnd, StandIn
-from lightning_hetu.parallel.forward_trace import batch_rows
 from lightning_hetu.parallel.pipeline_mixin import call_model
 from lightning_hetu.parallel.structure import (
     ModelStructure,
     outside_tensor_parallel_degrees,
     outside_tensor_parallel_plan,
-    sequence_parallel_degrees,
     tensor_parallel_degrees,
     tensor_parallel_plan,
 )
@@ -68,11 +66,8 @@ class ForwardParts:
         structure: ModelStructure,
         autocast: AutocastFactory,
         max_tp: int,
-        *,
-        sequence_parallel: bool = False,
     ) -> None:
         assert structure.trace is not None and structure.model is not None
-        self.sequence_parallel = sequence_parallel
         self.module = module
         self.structure = structure
         self.trace = structure.trace
@@ -105,15 +100,8 @@ class ForwardParts:
         put: Callable[[nn.Module], nn.Module],
         measure: Callable[[LayerCase], LayerProfile],
     ) -> tuple[LayerProfile, tuple[LayerProfile, ...], LayerProfile]:
-        """Profiles of what runs before the blocks, one block of every kind, and what runs behind them.
-
-        Args:
-            inputs: A batch as ``pipeline_step`` is given it.
-            target: What the loss compares with; ``None`` gives it the inputs.
-            put: Gives a module itself, or a copy that can run.
-            measure: Profiles a part.
-        """
-        rows = batch_rows(inputs)
+        """As of :meth:`ModelParts.profiles`, from a batch as ``pipeline_step`` is given it."""
+        rows = batch_samples(inputs)
         model = put(self.module.get_submodule(str(self.structure.model)))
         seen = _Observed(model, self.structure, self.first, rows)
         with self.autocast():
@@ -126,12 +114,7 @@ class ForwardParts:
             below = trained or any(
                 p.requires_grad for call in self.trace.calls[:last] for p in model.get_submodule(call.name).parameters()
             )
-            profile = measure(self._block(model, index, seen.arguments[index], rows, below, kind))
-            if self.sequence_parallel:
-                profile = with_sequence_degrees(
-                    profile, self.module, self.structure.blocks[index], seen.arguments[index]
-                )
-            types.append(profile)
+            types.append(measure(self._block(model, index, seen.arguments[index], rows, below, kind)))
         trained |= any(p.requires_grad for c in self.trace.calls for p in model.get_submodule(c.name).parameters())
         head = measure(self._behind(model, inputs, target, seen, rows, trained))
         return embedding, tuple(types), head
@@ -211,7 +194,7 @@ class ForwardParts:
 
         def call(arguments: tuple[Any, Any, Any]) -> Tensor:
             batch, compared, output = arguments
-            count[0] = batch_rows(batch)
+            count[0] = batch_samples(batch)
             given.give(output)
             with _in_place(model, places):
                 returned = call_model(model, batch)
@@ -232,22 +215,6 @@ class ForwardParts:
             input_requires_grad=None,
             boundary_bytes=_bytes(sent[:1], rows),
         )
-
-
-def with_sequence_degrees(profile: LayerProfile, root: nn.Module, name: str, arguments: Any) -> LayerProfile:
-    """The profile of a block with the degrees at which it may be sequence-parallel.
-
-    Args:
-        profile: Without them.
-        root: The whole module.
-        name: Full name of the block.
-        arguments: What the block is given: the first floating-point tensor is ``[samples, sequence, hidden]``.
-    """
-    tensors = (leaf for leaf in tree_flatten(arguments)[0] if isinstance(leaf, Tensor) and leaf.is_floating_point())
-    tokens = next(tensors, None)
-    if tokens is None or tokens.ndim != 3:
-        return profile
-    return replace(profile, sequence_degrees=sequence_parallel_degrees(root, name, profile.tp_degrees, tokens.shape[1]))
 
 
 class _Observed:

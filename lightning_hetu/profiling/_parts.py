@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lightning_hetu.parallel.structure import ModelStructure, tensor_parallel_degrees, tensor_parallel_plan
 from lightning_hetu.planning.profile import LayerProfile
 from lightning_hetu.profiling._case import LayerCase, tensor_bytes
-from lightning_hetu.profiling._forward_parts import ForwardParts, with_sequence_degrees
+from lightning_hetu.profiling._forward_parts import ForwardParts
 from lightning_hetu.profiling._isolation import AutocastFactory
 from lightning_hetu.profiling._layers import group_layers
 
@@ -30,8 +30,6 @@ class ModelParts:
         structure: Where its parts are.
         autocast: What forward runs under.
         max_tp: Largest tensor-parallel degree of interest.
-        sequence_parallel: Whether the blocks are offered with Megatron sequence parallelism, where they and the length
-            of the sequences allow it. All batches must then have lengths that the degree divides.
     """
 
     def __init__(
@@ -40,10 +38,7 @@ class ModelParts:
         structure: ModelStructure,
         autocast: AutocastFactory,
         max_tp: int,
-        *,
-        sequence_parallel: bool = False,
     ) -> None:
-        self.sequence_parallel = sequence_parallel
         self.module = module
         self.structure = structure
         self.autocast = autocast
@@ -89,10 +84,7 @@ class ModelParts:
                 # A kind that also occurs further up gets a gradient there if anything below it is trained.
                 needs_gradient = trained or (kind is not None and self._trained_before_last(kind))
                 case = self._case(str(name), here, hidden, target if last else None, kind)
-                profile = measure(replace(case, input_requires_grad=needs_gradient))
-                if self.sequence_parallel and kind is not None:
-                    profile = with_sequence_degrees(profile, self.module, str(name), hidden)
-                profiles.append(profile)
+                profiles.append(measure(replace(case, input_requires_grad=needs_gradient)))
                 if not last:
                     hidden = self._run(str(name), here, hidden)
             trained |= any(parameter.requires_grad for parameter in part.parameters())
@@ -143,12 +135,10 @@ def model_parts(
     structure: ModelStructure,
     autocast: AutocastFactory,
     max_tp: int,
-    *,
-    sequence_parallel: bool = False,
 ) -> ModelParts | ForwardParts:
     """The parts of a model with pipeline support, of either kind."""
     kind = ModelParts if structure.trace is None else ForwardParts
-    return kind(module, structure, autocast, max_tp, sequence_parallel=sequence_parallel)
+    return kind(module, structure, autocast, max_tp)
 
 
 def place(part: nn.Module, device: torch.device) -> nn.Module:

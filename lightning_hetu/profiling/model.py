@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lightning_hetu.parallel.forward_trace import batch_rows
+from lightning_hetu.parallel.batch import batch_samples
 from lightning_hetu.parallel.structure import ModelStructure
 from lightning_hetu.planning.profile import LayerProfile, ModelProfile, Precision
 from lightning_hetu.profiling._agreement import gather, is_busy, lone_mesh, run_together
@@ -84,7 +84,7 @@ def profile_model(
     if not structure.pipeline:
         raise ValueError(f"structure={structure}: names no embedding and head; profile it with profile_step.")
     device = torch.device(device) if device is not None else device_of(inputs)
-    sizes = checked_sizes(batch_sizes, batch_rows(inputs), repeats)
+    sizes = checked_sizes(batch_sizes, batch_samples(inputs), repeats)
     state_bytes = optimizer_state_bytes(optimizer)
 
     def work() -> ModelProfile | None:

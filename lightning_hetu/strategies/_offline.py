@@ -13,7 +13,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from lightning_hetu.parallel.data import batch_samples
+from lightning_hetu.parallel.batch import batch_samples
 from lightning_hetu.parallel.forward_trace import trace_structure
 from lightning_hetu.parallel.pipeline_mixin import runs_own_forward, uses_pipeline
 from lightning_hetu.parallel.structure import find_structure

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_hetu.parallel.data import batch_samples
+from lightning_hetu.parallel.batch import batch_samples
 from lightning_hetu.parallel.forward_trace import UncuttableModelError, trace_structure
 from lightning_hetu.parallel.pipeline_mixin import PipelineMixin, runs_own_forward
 from lightning_hetu.parallel.structure import ModelStructure, find_structure

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_hetu.parallel.batch import local_dp, shard_rows
+from lightning_hetu.parallel.batch import batch_samples, local_dp, shard_rows
 from lightning_hetu.parallel.build import check_plan_fits_model, synchronize_initial_state
 from lightning_hetu.parallel.clip import clip_gradients_by_norm
 from lightning_hetu.parallel.forward_build import build_forward_stage
 from lightning_hetu.parallel.forward_executor import ForwardExecutor
-from lightning_hetu.parallel.forward_trace import UncuttableModelError, batch_rows, trace_forward, trace_structure
+from lightning_hetu.parallel.forward_trace import UncuttableModelError, trace_forward, trace_structure
 from lightning_hetu.parallel.mesh import PlanMesh
 from lightning_hetu.parallel.pipeline_mixin import PipelineMixin, call_model
 from lightning_hetu.planning.layer_strategy import LayerStrategy
@@ -301,10 +301,10 @@ def test_fake_tensors_do_not_stay_in_the_model() -> None:
 def test_samples_of_a_batch() -> None:
     """What most tensors have in dimension 0, wherever they stand."""
     weights, tokens = torch.ones(6), torch.ones(3, 6)
-    assert batch_rows({"weights": weights, "tokens": tokens, "labels": tokens}) == 3
-    assert batch_rows([tokens, weights]) == 3
+    assert batch_samples({"weights": weights, "tokens": tokens, "labels": tokens}) == 3
+    assert batch_samples([tokens, weights]) == 3
     with pytest.raises(ValueError, match="without a tensor that has a batch dimension"):
-        batch_rows({"x": torch.tensor(1.0)})
+        batch_samples({"x": torch.tensor(1.0)})
 
 
 def test_the_batch_does_not_need_to_be_computed() -> None:
