@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import weakref
 from collections import Counter
-from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import pytest
@@ -17,7 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_hetu.models.gpt import GPTBlock, GPTConfig
 from lightning_hetu.parallel.build import build_module, check_plan_fits_model
-from lightning_hetu.parallel.forward_trace import trace_structure
 from lightning_hetu.parallel.mesh import PlanMesh
 from lightning_hetu.parallel.recompute import apply_recompute
 from lightning_hetu.parallel.structure import (
@@ -29,8 +27,6 @@ from lightning_hetu.parallel.structure import (
 from lightning_hetu.parallel.tensor import apply_tensor_parallel, cut_sequence
 from lightning_hetu.planning.layer_strategy import LayerStrategy
 from lightning_hetu.planning.plan import HybridPlan
-from lightning_hetu.planning.profile import LayerProfile
-from lightning_hetu.profiling._parts import model_parts
 from tests.parallel import test_executor, test_forward
 
 MIXED = (
@@ -283,29 +279,6 @@ def test_layers_and_degrees_are_found() -> None:
     assert sequence_parallel_degrees(model, "model.blocks.1", (1, 2, 4), 8) == (2, 4)
     assert sequence_parallel_degrees(model, "model.blocks.1", (1, 2, 4), 6) == (2,)
     assert sequence_parallel_degrees(model, "model.head", (1, 2, 4), 8) == ()
-
-
-@pytest.mark.parametrize(("kind", "length"), [("gpt", 8), ("gpt", 6), ("llama", 16)])
-def test_profilers_offer_it_on_request(kind: str, length: int) -> None:
-    """Blocks get the degrees that divide the sequences of the batch; nothing else does."""
-    if kind == "gpt":
-        module: Any = test_executor.Model()
-        structure, batch, degrees = find_structure(module), torch.zeros(4, length, dtype=torch.long), (1, 2, 4)
-    else:
-        module = test_forward.Module("llama")
-        batch, degrees = test_forward.batch_of("llama"), (1, 2)  # two groups of heads
-        structure = trace_structure(module, batch)
-    for wanted in (False, True):
-        parts = model_parts(module, structure, nullcontext, 4, sequence_parallel=wanted)
-        embedding, blocks, head = parts.profiles(
-            batch,
-            None,
-            lambda part: part,
-            lambda case: LayerProfile(case.name, 0, tp_degrees=case.tp_degrees),
-        )
-        expected = tuple(degree for degree in degrees if degree > 1 and length % degree == 0) if wanted else ()
-        assert [block.sequence_degrees for block in blocks] == [expected]
-        assert embedding.sequence_degrees == head.sequence_degrees == ()
 
 
 class Plain(nn.Module):
