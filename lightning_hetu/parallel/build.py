@@ -11,18 +11,17 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
+from lightning_hetu.parallel.megatron_sequence import apply_sequence_parallel, sequence_regions
 from lightning_hetu.parallel.mesh import PlanMesh
 from lightning_hetu.parallel.recompute import apply_recompute
-from lightning_hetu.parallel.relayout import relayout
+from lightning_hetu.parallel.relayout import relayout, relayout_shared
+from lightning_hetu.parallel.sequence_attention import cut_attention_layer
+from lightning_hetu.parallel.sequence_cut import cut_activation
 from lightning_hetu.parallel.shard import apply_data_parallel, sum_gradients
 from lightning_hetu.parallel.stage import StageGroup, StageModule, boundary_dp
-from lightning_hetu.parallel.structure import (
-    ModelStructure,
-    outside_tensor_parallel_plan,
-    sequence_regions,
-    tensor_parallel_plan,
-)
-from lightning_hetu.parallel.tensor import apply_tensor_parallel, cut_sequence
+from lightning_hetu.parallel.structure import ModelStructure
+from lightning_hetu.parallel.tensor import apply_tensor_parallel
+from lightning_hetu.parallel.tensor_plan import outside_tensor_parallel_plan, tensor_parallel_plan
 from lightning_hetu.planning.layer_strategy import LayerStrategy
 from lightning_hetu.planning.plan import HybridPlan
 
@@ -39,10 +38,8 @@ def check_plan_fits_model(plan: HybridPlan, structure: ModelStructure, root: nn.
             f" ({structure.blocks[0]} to {structure.blocks[-1]}). Plan again for this model."
         )
     for field, strategy in plan.rows():
-        if strategy.sp > 1 or strategy.cp > 1:
-            raise ValueError(
-                f"plan.{field}={strategy}: sequence and context parallelism cannot be run yet; use sp1, cp1."
-            )
+        if strategy.cp > 1 and strategy.tp > 1:
+            raise ValueError(f"plan.{field}={strategy}: cp goes with sp, not with tp; use one of them.")
         if not strategy.tp_consecutive and strategy.tp > 1 and strategy.dp > 1:
             raise ValueError(f"plan.{field}={strategy}: only consecutive tensor-parallel ranks can be run.")
     check_parameters(structure, root)
@@ -59,8 +56,10 @@ def check_plan_fits_model(plan: HybridPlan, structure: ModelStructure, root: nn.
             except ValueError as error:
                 raise ValueError(f"plan.layers[{index}]={strategy}: {error} Leave out -sequence.") from None
     for field, strategy in (("embedding", plan.embedding), ("head", plan.head)):
-        if strategy.sequence_parallel:
-            raise ValueError(f"plan.{field}={strategy}: only blocks can be sequence-parallel, leave out -sequence.")
+        if strategy.sequence_parallel or strategy.sp * strategy.cp > 1:
+            raise ValueError(
+                f"plan.{field}={strategy}: only the sequences of blocks can be cut, leave out -sequence, sp and cp."
+            )
         if strategy.recompute:
             raise ValueError(f"plan.{field}={strategy}: only blocks can be recomputed.")
     if structure.trace is not None and plan.embedding.tp > 1 and not outside_tensor_parallel_plan(root, structure):
@@ -173,7 +172,7 @@ def _build_one(
         output_dp=plan.head.dp if index == len(plan.stages) - 1 else boundary_dp(plan, index),
     )
     # The root has no parameters of its own left, but it ties the layers into one FSDP context.
-    fully_shard(stage, mesh=mesh.layout(names[0][1].dp, names[0][1].tp).data, reshard_after_forward=False)
+    fully_shard(stage, mesh=mesh.layout(names[0][1]).data, reshard_after_forward=False)
     sum_gradients(stage)
     return stage
 
@@ -249,22 +248,27 @@ def build_module(root: nn.Module, structure: ModelStructure, plan: HybridPlan, m
     if current != outside.dp:
         hook = partial(_relayout_outputs, wrapper, mesh, (current, outside.dp), structure.blocks[-1])
         root.get_submodule(structure.blocks[-1]).register_forward_hook(hook)
-    apply_data_parallel(wrapper, mesh.layout(outside.dp, outside.tp), outside.dp_type)
+    apply_data_parallel(wrapper, mesh.layout(outside), outside.dp_type)
     return wrapper
 
 
 def parallelize(root: nn.Module, name: str, strategy: LayerStrategy, mesh: PlanMesh) -> None:
     """Applies one row of a plan to the layer ``name``: tensor parallelism, recomputation, data parallelism."""
     layer = root.get_submodule(name)
-    layout = mesh.layout(strategy.dp, strategy.tp)
-    if strategy.tp > 1:
-        regions = sequence_regions(root, name) if strategy.sequence_parallel else None
-        split = tensor_parallel_plan(root, name)
-        apply_tensor_parallel(layer, layout.tensor, split, regions, recompute=strategy.recompute)
+    layout = mesh.layout(strategy)
+    cut: Callable[[], None] | None = None  # outside of recomputation, which then keeps a part of the input
+    if strategy.sequence_parallel:
+        split, regions = tensor_parallel_plan(root, name), sequence_regions(root, name)
+        shared = apply_sequence_parallel(layer, layout.tensor, split, regions, recompute=strategy.recompute)
+        cut = partial(cut_activation, layer, shared, name)
+    elif strategy.tp > 1:
+        apply_tensor_parallel(layer, layout.tensor, tensor_parallel_plan(root, name))
+    elif layout.sequence is not None:
+        cut = cut_attention_layer(layer, layout, name)
     if strategy.recompute:
         apply_recompute(layer)
-    if strategy.sequence_parallel:
-        cut_sequence(layer, layout.tensor, name)  # outside of recomputation, which then keeps a part of the input
+    if cut is not None:
+        cut()
     apply_data_parallel(layer, layout, strategy.dp_type)
 
 
@@ -322,7 +326,8 @@ def _relayout_from(
 
     def move(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.ndim == 0 or tensor.shape[0] not in rows:
-            return tensor
+            # the same for all samples, and made outside of the blocks
+            return relayout_shared(tensor, mesh, sources[1], target_dp) if tensor.requires_grad else tensor
         # What comes from outside tells: later layouts are then known.
         if tensor.shape[0] == wrapper.samples and wrapper.samples in tensor.shape[1:]:
             raise ValueError(

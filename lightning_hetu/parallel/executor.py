@@ -170,7 +170,7 @@ class PipelineExecutor:
         if weights[0] is None:
             return 1.0 / (microbatches * self.plan.head.dp)
         total = torch.stack([torch.as_tensor(w, dtype=torch.float32, device=self.device) for w in weights]).sum()
-        layout = self.mesh.layout(self.plan.head.dp, self.plan.head.tp)
+        layout = self.mesh.layout(self.plan.head)
         torch.distributed.all_reduce(total, group=layout.data.get_group())
         return 1.0 / total.clamp(min=torch.finfo(torch.float32).tiny)
 

@@ -22,8 +22,9 @@ from lightning_hetu.parallel.forward_trace import ForwardTrace
 from lightning_hetu.parallel.mesh import PlanMesh
 from lightning_hetu.parallel.shard import apply_data_parallel
 from lightning_hetu.parallel.stage import boundary_dp
-from lightning_hetu.parallel.structure import ModelStructure, outside_tensor_parallel_plan
+from lightning_hetu.parallel.structure import ModelStructure
 from lightning_hetu.parallel.tensor import apply_tensor_parallel
+from lightning_hetu.parallel.tensor_plan import outside_tensor_parallel_plan
 from lightning_hetu.planning.plan import HybridPlan, PricedSchedule
 
 
@@ -136,7 +137,7 @@ def build_forward_stage(root: nn.Module, structure: ModelStructure, plan: Hybrid
     stages = module_stages(root, structure, plan)
     tied = tied_parameters(root, stages)
     outside = plan.embedding
-    layout = mesh.layout(outside.dp, outside.tp)
+    layout = mesh.layout(outside)
     split = outside_tensor_parallel_plan(root, structure) if outside.tp > 1 else {}
 
     removed = [name for index, name in enumerate(structure.blocks) if not first <= index < last]

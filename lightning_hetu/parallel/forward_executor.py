@@ -78,7 +78,7 @@ class ForwardExecutor(PipelineExecutor):
             return [1.0 / (microbatches * self.plan.head.dp)] * microbatches
         counts = torch.stack([torch.as_tensor(w, dtype=torch.float32, device=self.device) for w in weights])
         total = counts.sum()
-        layout = self.mesh.layout(self.plan.head.dp, self.plan.head.tp)
+        layout = self.mesh.layout(self.plan.head)
         torch.distributed.all_reduce(total, group=layout.data.get_group())
         return list(counts / total.clamp(min=torch.finfo(torch.float32).tiny))
 

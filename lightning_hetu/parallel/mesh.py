@@ -2,34 +2,43 @@
 
 All layouts come from the same root mesh, because FSDP2 joins the data-parallel and the tensor-parallel mesh of a layer
 and refuses meshes of different roots; it also lets them share process groups. Ranks are ordered with the pipeline
-stage outermost and tensor parallelism innermost. Every rank must build the same meshes in the same order.
+stage outermost, then data and context parallelism, and tensor or Ulysses parallelism innermost. Every rank must build
+the same meshes in the same order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Placement, Replicate, Shard
 
+from lightning_hetu.planning.layer_strategy import LayerStrategy
 from lightning_hetu.planning.plan import HybridPlan
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Meshes of one (dp, tp) factorization of a stage, as seen by this rank.
+    """Meshes of one factorization of a stage, as seen by this rank.
 
     Args:
-        data: 1-D mesh of size ``dp``.
-        replicate: 2-D mesh of size ``(dp, 1)``: replicate over the first dimension, shard over the second (HSDP).
+        data: 1-D mesh of the ranks that have the same weights, of size ``dp * cp * sp``.
+        replicate: 2-D mesh of size ``(dp * cp * sp, 1)``: replicate over the first dimension, shard over the second
+            (HSDP).
         tensor: 1-D mesh of size ``tp``.
+        sequence: 1-D mesh of size ``cp * sp``, of the ranks that share out sequences; ``None`` where that is 1.
+        context: 1-D mesh of size ``cp``; ``None`` where ``sequence`` is.
+        ulysses: 1-D mesh of size ``sp``; ``None`` where ``sequence`` is.
     """
 
     data: DeviceMesh
     replicate: DeviceMesh
     tensor: DeviceMesh
+    sequence: DeviceMesh | None = None
+    context: DeviceMesh | None = None
+    ulysses: DeviceMesh | None = None
 
 
 class PlanMesh:
@@ -59,20 +68,33 @@ class PlanMesh:
         self.root = init_device_mesh(device_type, (world_size,), mesh_dim_names=("world",))
         stages, size = plan.pipeline_parallel_size, plan.devices_per_stage  # ranks of the pipeline, and their devices
 
-        degrees = {(row.dp, row.tp) for _, row in plan.rows()}
+        rows = [row for _, row in plan.rows()]
         self._layouts: dict[tuple[int, int], Layout] = {}
-        for dp, tp in sorted(degrees):
-            if dp * tp != size:
-                raise ValueError(f"a layout of dp={dp}, tp={tp} does not fill a stage of {size} devices.")
-            tag = f"{dp}x{tp}"
-            mesh = _unflatten(self.root, (stages, dp, 1, tp), (f"pp{tag}", f"dp{tag}", f"shard{tag}", f"tp{tag}"))
-            self._layouts[dp, tp] = Layout(
+        for copies, tp in sorted({(row.shard_degree, row.tp) for row in rows}):
+            if copies * tp != size:
+                raise ValueError(
+                    f"a layout of {copies} copies of the weights with tp={tp} does not fill a stage of {size} devices."
+                )
+            tag = f"{copies}x{tp}"
+            mesh = _unflatten(self.root, (stages, copies, 1, tp), (f"pp{tag}", f"dp{tag}", f"shard{tag}", f"tp{tag}"))
+            self._layouts[copies, tp] = Layout(
                 data=mesh[f"dp{tag}"], replicate=mesh[f"dp{tag}", f"shard{tag}"], tensor=mesh[f"tp{tag}"]
+            )
+        self._sequences: dict[tuple[int, int, int], Layout] = {}
+        for dp, cp, sp in sorted({(row.dp, row.cp, row.sp) for row in rows if row.cp * row.sp > 1}):
+            tag = f"{dp}x{cp}x{sp}"
+            dims = (f"pp{tag}", f"dp{tag}", f"cp{tag}", f"sp{tag}")
+            mesh = _unflatten(self.root, (stages, dp, cp, sp), dims)
+            self._sequences[dp, cp, sp] = replace(
+                self._layouts[dp * cp * sp, 1],
+                sequence=_flatten(mesh[dims[2:]], f"sequence{tag}"),
+                context=mesh[dims[2]],
+                ulysses=mesh[dims[3]],
             )
 
         # The axes over which activations are described: the common refinement of all data-parallel degrees, so that
         # every layout shards some outer axes and replicates the rest. All degrees of a power-of-two stage refine.
-        cuts = sorted({1, size, *(dp for dp, _ in degrees)})
+        cuts = sorted({1, size, *(row.dp for row in rows)})
         sizes = tuple(b // a for a, b in zip(cuts, cuts[1:], strict=False)) or (1,)
         if any(b % a for a, b in zip(cuts, cuts[1:], strict=False)):
             raise ValueError(f"the data-parallel degrees {cuts} of one plan must divide each other.")
@@ -85,9 +107,11 @@ class PlanMesh:
         self.stage_group = whole.get_group()
         self.pipeline = mesh["pp"]
 
-    def layout(self, dp: int, tp: int) -> Layout:
-        """Meshes of a layer with these degrees."""
-        return self._layouts[dp, tp]
+    def layout(self, strategy: LayerStrategy) -> Layout:
+        """Meshes of a layer."""
+        if strategy.cp * strategy.sp > 1:
+            return self._sequences[strategy.dp, strategy.cp, strategy.sp]
+        return self._layouts[strategy.shard_degree, strategy.tp]
 
     def placements(self, dp: int) -> tuple[Placement, ...]:
         """How activations of a layer with ``dp`` lie on :attr:`activation`: batch sharded ``dp`` ways, else copied."""

@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from lightning_hetu.parallel.batch import batch_samples
 from lightning_hetu.parallel.forward_stage import Segment, StageEnd, StandIn
 from lightning_hetu.parallel.pipeline_mixin import call_model
-from lightning_hetu.parallel.structure import (
-    ModelStructure,
+from lightning_hetu.parallel.structure import ModelStructure
+from lightning_hetu.parallel.tensor_plan import (
     outside_tensor_parallel_degrees,
     outside_tensor_parallel_plan,
     tensor_parallel_degrees,

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_hetu.parallel.structure import tensor_parallel_plan
+from lightning_hetu.parallel.tensor_plan import tensor_parallel_plan
 
 
 def describe(part: nn.Module) -> dict[str, Any]:

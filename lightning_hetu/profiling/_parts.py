@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_hetu.parallel.structure import ModelStructure, tensor_parallel_degrees, tensor_parallel_plan
+from lightning_hetu.parallel.structure import ModelStructure
+from lightning_hetu.parallel.tensor_plan import tensor_parallel_degrees, tensor_parallel_plan
 from lightning_hetu.planning.profile import LayerProfile
 from lightning_hetu.profiling._case import LayerCase, tensor_bytes
 from lightning_hetu.profiling._forward_parts import ForwardParts

@@ -21,7 +21,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from lightning_hetu.parallel.structure import ModelStructure, outside_tensor_parallel_plan, tensor_parallel_plan
+from lightning_hetu.parallel.structure import ModelStructure
+from lightning_hetu.parallel.tensor_plan import outside_tensor_parallel_plan, tensor_parallel_plan
 from lightning_hetu.planning.cluster import ClusterSpec
 from lightning_hetu.planning.profile import ModelProfile
 from lightning_hetu.profiling._agreement import broadcast, gather, rank_and_size

@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from lightning_hetu.parallel.structure import ModelStructure, tensor_parallel_degrees, tensor_parallel_plan
+from lightning_hetu.parallel.structure import ModelStructure
+from lightning_hetu.parallel.tensor_plan import tensor_parallel_degrees, tensor_parallel_plan
 from lightning_hetu.planning.profile import LayerProfile, ModelProfile, Precision
 from lightning_hetu.profiling._agreement import is_busy, lone_mesh
 from lightning_hetu.profiling._case import LayerCase, tensor_bytes

@@ -120,7 +120,7 @@ def configure_optimizers_early(
 
 def unsupported_callback(trainer: Trainer, plan: HybridPlan) -> str | None:
     """Why a callback of this Trainer cannot run on parameters that are distributed tensors."""
-    meshes = {(row.dp, row.tp, row.dp_type == "ddp") for _, row in plan.rows()}
+    meshes = {(row.shard_degree, row.tp, row.dp_type == "ddp") for _, row in plan.rows()}
     alike = len(meshes) == 1 and plan.pipeline_parallel_size == 1 and plan.embedding.tp == 1
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, StochasticWeightAveraging | WeightAveraging):

@@ -9,7 +9,8 @@ from torch import nn
 
 from lightning_hetu.models.gpt import GPT, GPTConfig
 from lightning_hetu.parallel.pipeline_mixin import PipelineMixin
-from lightning_hetu.parallel.structure import find_structure, tensor_parallel_degrees, tensor_parallel_plan
+from lightning_hetu.parallel.structure import find_structure
+from lightning_hetu.parallel.tensor_plan import tensor_parallel_degrees, tensor_parallel_plan
 
 
 class Pipelined(PipelineMixin, nn.Module):

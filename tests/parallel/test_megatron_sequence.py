@@ -16,15 +16,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_hetu.models.gpt import GPTBlock, GPTConfig
 from lightning_hetu.parallel.build import build_module, check_plan_fits_model
-from lightning_hetu.parallel.mesh import PlanMesh
-from lightning_hetu.parallel.recompute import apply_recompute
-from lightning_hetu.parallel.structure import (
+from lightning_hetu.parallel.megatron_sequence import (
     SequenceRegions,
-    find_structure,
+    apply_sequence_parallel,
     sequence_parallel_degrees,
     sequence_regions,
 )
-from lightning_hetu.parallel.tensor import apply_tensor_parallel, cut_sequence
+from lightning_hetu.parallel.mesh import PlanMesh
+from lightning_hetu.parallel.recompute import apply_recompute
+from lightning_hetu.parallel.sequence_cut import cut_activation
+from lightning_hetu.parallel.structure import find_structure
+from lightning_hetu.parallel.tensor import apply_tensor_parallel
 from lightning_hetu.planning.layer_strategy import LayerStrategy
 from lightning_hetu.planning.plan import HybridPlan
 from tests.parallel import test_executor, test_forward
@@ -99,21 +101,26 @@ def block_of(bias: bool = False, frozen: tuple[str, ...] = (), **options: Any) -
 def parallelize_block(block: GPTBlock, mode: str) -> None:
     """``mode`` is ``tensor`` parallel, ``sequence`` parallel, or that ``recomputed``."""
     mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
-    regions = sequence_regions(nn.ModuleDict({"block": block}), "block") if mode != "tensor" else None
-    apply_tensor_parallel(block, mesh, dict(block.tensor_parallel_plan), regions, recompute=mode == "recomputed")
+    plan = dict(block.tensor_parallel_plan)
+    if mode == "tensor":
+        apply_tensor_parallel(block, mesh, plan)
+        return
+    regions = sequence_regions(nn.ModuleDict({"block": block}), "block")
+    cut = apply_sequence_parallel(block, mesh, plan, regions, recompute=mode == "recomputed")
     if mode == "recomputed":
         apply_recompute(block)
-    if regions is not None:
-        cut_sequence(block, mesh, "block")
+    cut_activation(block, cut, "block")
 
 
-def run_block(rank: int, mode: str, options: dict[str, Any] | None = None, dtype: Any = None) -> dict[str, Any]:
+def run_block(
+    rank: int, mode: str, options: dict[str, Any] | None = None, dtype: Any = None, length: int = 8
+) -> dict[str, Any]:
     """Output, gradients and collectives of one block, and whether it keeps what the MLP is given."""
     block = block_of(**options or {})
     if mode != "one":
         parallelize_block(block, mode)
     torch.manual_seed(1)
-    inputs = torch.randn(2, 8, 16, requires_grad=True)
+    inputs = torch.randn(2, length, 16, requires_grad=True)
     entered: list[Any] = []
     block.mlp.up.register_forward_pre_hook(lambda _, args: entered.append((storage_of(args[0]), args[0].dtype)))
     with Collectives() as forward, torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None):
@@ -174,6 +181,19 @@ def test_a_block_with_dropout_biases_and_frozen_norms(ranks: Any, mode: str) -> 
             )
 
 
+@pytest.mark.parametrize("mode", ["sequence", "recomputed"])
+@pytest.mark.parametrize("length", [7, 1])
+def test_lengths_that_do_not_divide(ranks: Any, mode: str, length: int) -> None:
+    """The last rank has fewer tokens, or none."""
+    options = {"dropout": 0.3}
+    expected = run_block(0, "one", options, None, length)["tensors"]
+    for found in ranks(2).run(run_block, mode, options, None, length):
+        for name, tensor in expected.items():
+            torch.testing.assert_close(
+                found["tensors"][name], tensor, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
 def test_autocast_gathers_what_the_products_use(ranks: Any) -> None:
     """In bf16 half as much is sent, and kept, and the result is that of one process to bf16 rounding."""
     expected = run_block(0, "one", {}, torch.bfloat16)["tensors"]
@@ -203,7 +223,6 @@ def error_of_block(rank: int, length: int, change: str) -> str:
 @pytest.mark.parametrize(
     ("length", "change", "words"),
     [
-        (5, "", ["block", "5 tokens", "tp=2", "multiple of 2", "-sequence"]),
         (8, "flat", ["block", "[8, 16]", "[samples, sequence, hidden]"]),
         (8, "mixes tokens", ["mlp", "[2, 1, 16] for 4 tokens"]),
         (2, "returns all", ["mlp", "[2, 2, 16] for 1 tokens"]),
@@ -256,7 +275,7 @@ class Odd(GPTBlock):
         (Odd, "tp2-sequence", ["plan.layers[0]=", "model.blocks.0.attention.norm.weight"]),
         (Direct, "tp2-sequence", ["plan.layers[0]=", "model.blocks.0", "submodules"]),
         (Whole, "tp2-sequence", ["plan.layers[0]=", "tensor_parallel_plan"]),
-        (GPTBlock, "head", ["plan.head=tp2-sequence", "only blocks"]),
+        (GPTBlock, "head", ["plan.head=tp2-sequence", "only the sequences of blocks"]),
     ],
 )
 def test_models_that_cannot_be_cut_are_refused(block: Any, plan: str, words: list[str]) -> None:
@@ -272,13 +291,12 @@ def test_models_that_cannot_be_cut_are_refused(block: Any, plan: str, words: lis
 
 
 def test_layers_and_degrees_are_found() -> None:
-    """Norms, dropouts and the modules that gather; degrees must divide the sequence."""
+    """Norms, dropouts and the modules that gather."""
     model = test_executor.Model()
     found = sequence_regions(model, "model.blocks.1")
     assert found == SequenceRegions(("attention", "mlp"), ("attention_norm", "mlp_norm"), ("dropout",))
-    assert sequence_parallel_degrees(model, "model.blocks.1", (1, 2, 4), 8) == (2, 4)
-    assert sequence_parallel_degrees(model, "model.blocks.1", (1, 2, 4), 6) == (2,)
-    assert sequence_parallel_degrees(model, "model.head", (1, 2, 4), 8) == ()
+    assert sequence_parallel_degrees(model, "model.blocks.1", (1, 2, 4)) == (2, 4)
+    assert sequence_parallel_degrees(model, "model.head", (1, 2, 4)) == ()
 
 
 class Plain(nn.Module):
