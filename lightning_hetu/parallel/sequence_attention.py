@@ -11,16 +11,18 @@ Both together make Ulysses the inner one. Sequences are cut for a ring so that c
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_hetu.parallel.mesh import Layout
 from lightning_hetu.parallel.ring_attention import ring_attention
@@ -32,6 +34,8 @@ from lightning_hetu.parallel.sequence_cut import (
     join,
     map_first,
 )
+
+_log = logging.getLogger(__name__)
 
 _LEAST_PART = 2
 """Fewest tokens of a rank: of a single one, models may take it that they generate."""
@@ -96,8 +100,10 @@ def cut_attention_layer(layer: nn.Module, layout: Layout, name: str) -> Callable
             if not checked:
                 check_tokenwise(lambda a, k: inner(*a, **k, sequence_length=None), (args, kwargs), name)
                 checked = True
-            args, kwargs = _cut_all((args, kwargs), length, cut.part)
+            args, kwargs = _cut_all((args, kwargs), length, cut.part, cut.shared)
             output = inner(*args, **kwargs, sequence_length=length)
+            # What else is returned is the same on all ranks, each of which makes a summand of its gradient.
+            output = _scale(output, 1.0 / cut.ranks, first=False)
             return map_first(output, lambda part: join(cut, part, length, name))
 
         layer.forward = forward  # type: ignore[method-assign]
@@ -122,12 +128,13 @@ def _partial_dropout(dropout: nn.Dropout, cut: SequenceCut) -> Callable[[Tensor]
     return forward
 
 
-def _cut_all(arguments: Any, length: int, part: Callable[[Tensor], Tensor]) -> Any:
-    """Cuts every tensor that has the length of the sequence in dimension 1."""
+def _cut_all(arguments: Any, length: int, part: Callable[[Tensor], Tensor], shared: Callable[[Tensor], Tensor]) -> Any:
+    """Applies ``part`` to every tensor that has the length of the sequence in dimension 1, ``shared`` to all others."""
 
     def convert(value: Any) -> Any:
-        along = isinstance(value, Tensor) and 2 <= value.ndim <= 3 and value.shape[SEQUENCE] == length
-        return part(value) if along else value
+        if not isinstance(value, Tensor):
+            return value
+        return part(value) if 2 <= value.ndim <= 3 and value.shape[SEQUENCE] == length else shared(value)
 
     return tree_map(convert, arguments)
 
@@ -153,15 +160,21 @@ def _work_on_all(inner: Callable[..., Any], ranks: int, args: Any, kwargs: Any) 
 
     The gradients of its weights are added up over the ranks, so each rank makes a share of them.
     """
+    args, kwargs = _scale((args, kwargs), float(ranks))
+    return _scale(inner(*args, **kwargs, sequence_length=None), 1.0 / ranks)
 
-    def scale(factor: float) -> Callable[[Any], Any]:
-        def convert(value: Any) -> Any:
-            return _Scaled.apply(value, factor) if isinstance(value, Tensor) and value.requires_grad else value
 
-        return convert
+def _scale(values: Any, factor: float, *, first: bool = True) -> Any:
+    """Multiplies the gradients of all tensors; without ``first`` not that of the first value."""
 
-    args, kwargs = tree_map(scale(float(ranks)), (args, kwargs))
-    return tree_map(scale(1.0 / ranks), inner(*args, **kwargs, sequence_length=None))
+    def convert(value: Any) -> Any:
+        return _Scaled.apply(value, factor) if isinstance(value, Tensor) and value.requires_grad else value
+
+    if first:
+        return tree_map(convert, values)
+    if not isinstance(values, tuple | list):
+        return values
+    return type(values)((*values[:1], *tree_map(convert, tuple(values[1:]))))
 
 
 # ---- attention ------------------------------------------------------------------------------------------------------
@@ -289,6 +302,24 @@ class _SharedAttention(TorchFunctionMode):
 # ---- the check ------------------------------------------------------------------------------------------------------
 
 
+class AttentionCall(NamedTuple):
+    """What a block asked of attention.
+
+    Args:
+        heads: Heads of the query.
+        mask: Shape of the mask it gave, if it gave one.
+        is_causal: Whether a token sees itself and those before it only.
+        scale: Factor of the products; ``None`` for that of the head size.
+        dropout_p: Share of the weights that are dropped.
+    """
+
+    heads: int
+    mask: torch.Size | None
+    is_causal: bool
+    scale: float | None
+    dropout_p: float
+
+
 class _TokenwiseAttention(TorchFunctionMode):
     """Puts something in the place of attention that treats every token by itself, and drops nothing out.
 
@@ -297,7 +328,7 @@ class _TokenwiseAttention(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[tuple[Any, ...]] = []
+        self.seen: list[AttentionCall] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -318,7 +349,8 @@ class _TokenwiseAttention(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        self.seen.append((attn_mask is not None, is_causal, scale, query.shape[_HEADS]))
+        mask = None if attn_mask is None else attn_mask.shape
+        self.seen.append(AttentionCall(query.shape[_HEADS], mask, is_causal, scale, dropout_p))
         if query.shape[_TOKENS] != key.shape[_TOKENS]:
             raise _NotTokenwise
         group = query.shape[_HEADS] // key.shape[_HEADS]
@@ -330,7 +362,32 @@ class _NotTokenwise(Exception):
     pass
 
 
-def check_tokenwise(run: Callable[[Any, Any], Any], arguments: Any, name: str) -> None:
+def attention_degrees(
+    run: Callable[[Any, Any], Any], arguments: Any, name: str, limit: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Degrees, powers of two from 2 to ``limit``, of Ulysses and of context parallelism that a block can run with.
+
+    Args:
+        run: Runs the block, given positional and keyword arguments.
+        arguments: Both, for whole sequences. Of fake tensors only the shapes are compared; whether the values are
+            right is then seen when training begins.
+        name: Name of the block.
+        limit: Largest degree of interest.
+    """
+    try:
+        seen = check_tokenwise(run, arguments, name)
+    except ValueError as error:
+        _log.debug("no sp and cp: %s", error)
+        return (), ()
+    length = first_activation(arguments, name).shape[SEQUENCE]
+    degrees = [2**power for power in range(1, limit.bit_length()) if 2**power <= limit]
+    ulysses = [n for n in degrees if length >= _LEAST_PART * n and all(one.heads % n == 0 for one in seen)]
+    ring = all(one.mask is None and not one.dropout_p for one in seen)
+    context = [n for n in degrees if ring and length % (2 * n) == 0]
+    return tuple(ulysses), tuple(context)
+
+
+def check_tokenwise(run: Callable[[Any, Any], Any], arguments: Any, name: str) -> list[AttentionCall]:
     """Makes sure that a block, but for its attention, treats every token by itself, given the arguments of that token.
 
     Args:
@@ -338,58 +395,50 @@ def check_tokenwise(run: Callable[[Any, Any], Any], arguments: Any, name: str) -
         arguments: Both, for whole sequences.
         name: Its name, for error messages.
 
+    Returns:
+        Its attention.
+
     Raises:
         ValueError: If it does not.
     """
-    problem = tokenwise_problem(run, arguments, name)
-    if problem is not None:
-        raise ValueError(problem)
-
-
-def tokenwise_problem(run: Callable[[Any, Any], Any], arguments: Any, name: str, *, values: bool = True) -> str | None:
-    """Why a block cannot run on a part of the sequence; ``None`` where it can.
-
-    Args:
-        run: Runs the block, given positional and keyword arguments.
-        arguments: Both, for whole sequences.
-        name: Its name, for error messages.
-        values: Whether values are compared, and not shapes only.
-    """
-    try:
-        length = first_activation(arguments, name).shape[SEQUENCE]
-    except ValueError as error:
-        return str(error)
+    tokens = first_activation(arguments, name)
+    length = tokens.shape[SEQUENCE]
     start = length // 2
     mixing = f"{name} does not treat every token by itself outside of attention: plan it without sp and cp."
     if length - start < _LEAST_PART:
-        return f"{name} is given {length} tokens, too few to be shared out: plan it without sp and cp."
+        raise ValueError(f"{name} is given {length} tokens, too few to be shared out: plan it without sp and cp.")
     whole, part = _TokenwiseAttention(), _TokenwiseAttention()
     with torch.no_grad(), _drawing_nothing():
         try:
             with whole:
                 expected = run(*arguments)
             if not whole.seen:
-                return _without_attention(name)
+                raise ValueError(_without_attention(name))
             with part:
-                found = run(*_cut_all(arguments, length, lambda tensor: tensor[:, start:]))
+                found = run(*_cut_all(arguments, length, lambda tensor: tensor[:, start:], lambda tensor: tensor))
         except _NotTokenwise:
-            return f"{name} attends to other tokens than its own: plan it without sp and cp."
-        except (RuntimeError, ValueError, IndexError) as error:
+            message = f"{name} attends to other tokens than its own: plan it without sp and cp."
+            raise ValueError(message) from None
+        except (RuntimeError, IndexError) as error:
             first = (str(error).splitlines() or [type(error).__name__])[0]
-            return f"{name} cannot run on a part of the sequence ({first}): plan it without sp and cp."
-    first_of = tuple(x[0] if isinstance(x, tuple | list) and x else x for x in (expected, found))
-    if not all(isinstance(x, Tensor) and x.ndim >= 2 for x in first_of) or whole.seen != part.seen:
-        return mixing
+            message = f"{name} cannot run on a part of the sequence ({first}): plan it without sp and cp."
+            raise ValueError(message) from None
+    leaves = [tree_leaves(x) for x in (expected, found)]
+    first_of = [x[0] for x in leaves if x and isinstance(x[0], Tensor) and x[0].ndim >= 2]
+    if len(first_of) < 2 or len(leaves[0]) != len(leaves[1]) or whole.seen != part.seen:
+        raise ValueError(mixing)
     wanted, got = first_of[0][:, start:], first_of[1]
-    if wanted.shape != got.shape:
-        return mixing
-    if not values or _close(wanted, got):
-        return None
-    return mixing
+    # other outputs are to be the same for all tokens
+    others = [pair for pair in zip(leaves[0][1:], leaves[1][1:], strict=True) if isinstance(pair[0], Tensor)]
+    fake = isinstance(tokens, FakeTensor)
+    if not all(a.shape == b.shape and (fake or _close(a, b)) for a, b in ((wanted, got), *others)):
+        raise ValueError(mixing)
+    return whole.seen
 
 
 def _close(wanted: Tensor, got: Tensor) -> bool:
     """Whether tensors are equal up to the rounding of other shapes, measured against their largest value."""
+    wanted, got = wanted.detach(), got.detach()
     tolerance = _TOLERANCES.get(wanted.dtype, _COARSE_TOLERANCE)
     if torch.is_autocast_enabled(wanted.device.type):
         tolerance = _COARSE_TOLERANCE

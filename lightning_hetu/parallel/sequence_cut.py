@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 SEQUENCE = 1  # activations are [samples, sequence, hidden]
 
@@ -47,6 +47,13 @@ class SequenceCut:
         shared = DTensor.from_local(self._folded(whole), self.mesh, (Replicate(),), run_check=False)
         # contiguous: a slice is a view of the whole and would keep it alive
         return shared.redistribute(placements=(Shard(SEQUENCE),)).to_local().contiguous()
+
+    def shared(self, tensor: Tensor) -> Tensor:
+        """A tensor that all ranks have and that is not cut: each makes a summand of its gradient."""
+        if not tensor.requires_grad:
+            return tensor
+        same = DTensor.from_local(tensor, self.mesh, (Replicate(),), run_check=False)
+        return same.to_local(grad_placements=(Partial(),))
 
     def distributed(self, part: Tensor, length: int) -> DTensor:
         """The sequence of ``length`` tokens of which this rank has ``part``."""

@@ -28,6 +28,9 @@ class LayerCase:
             goes by each tensor's own ``requires_grad``.
         plan: Tensor-parallel plan of the layer: names relative to ``module``, each with a style.
         tp_degrees: Tensor-parallel degrees the layer can run with.
+        sequence_degrees: Those of them with which it can run with Megatron sequence parallelism.
+        ulysses_degrees: Ulysses degrees above 1 it can run with.
+        context_degrees: Context-parallel degrees above 1 it can run with.
         boundary_bytes: Bytes per sample of the layer's input.
         parameters: What the layer owns; ``None`` is ``module``'s. Names relative to ``module``.
         autocast: What forward runs under.
@@ -42,6 +45,9 @@ class LayerCase:
     input_requires_grad: bool | None = True
     plan: Mapping[str, str] = field(default_factory=dict)
     tp_degrees: tuple[int, ...] = (1,)
+    sequence_degrees: tuple[int, ...] = ()
+    ulysses_degrees: tuple[int, ...] = ()
+    context_degrees: tuple[int, ...] = ()
     boundary_bytes: float = 0.0
     parameters: Mapping[str, nn.Parameter] | None = None
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext

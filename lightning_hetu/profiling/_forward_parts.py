@@ -25,6 +25,7 @@ from lightning_hetu.planning.profile import LayerProfile
 from lightning_hetu.profiling._case import LayerCase
 from lightning_hetu.profiling._isolation import AutocastFactory
 from lightning_hetu.profiling._layers import group_layers
+from lightning_hetu.profiling._sequence import with_sequence_degrees
 
 
 class _Replay(StandIn):
@@ -167,7 +168,7 @@ class ForwardParts:
                 leaves[position] = leaves[position].detach().requires_grad_(leaf.gradient and needs_gradient)
         sent = [leaves[position] for position in call.crossing]
         title = type(block).__name__
-        return LayerCase(
+        case = LayerCase(
             name=f"{title}-{kind}" if len(self.first) > 1 else title,
             module=block,
             call=lambda given: block(*given[0], **given[1]),
@@ -179,6 +180,7 @@ class ForwardParts:
             boundary_bytes=_bytes(sent, rows),
             autocast=self.autocast,
         )
+        return with_sequence_degrees(case, self.module, name, case.arguments, self.max_tp)
 
     def _behind(
         self, model: nn.Module, inputs: Any, target: Any, seen: _Observed, rows: int, needs_gradient: bool

@@ -225,6 +225,9 @@ def layer_profile(
         backward_transient={tp: item.backward_extra / samples for tp, item in memory.items()},
         backward_gradients={tp: item.backward_gradients for tp, item in memory.items()},
         tp_degrees=case.tp_degrees,
+        sequence_degrees=case.sequence_degrees,
+        ulysses_degrees=case.ulysses_degrees,
+        context_degrees=case.context_degrees,
         trainable_fraction=trained / total if total else 1.0,
     )
 

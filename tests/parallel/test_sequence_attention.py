@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from lightning_hetu.parallel.build import build_module, check_plan_fits_model
 from lightning_hetu.parallel.mesh import PlanMesh
+from lightning_hetu.parallel.sequence_attention import attention_degrees, check_tokenwise
 from lightning_hetu.parallel.structure import find_structure
 from lightning_hetu.planning.layer_strategy import LayerStrategy
 from lightning_hetu.planning.plan import HybridPlan
@@ -60,7 +61,8 @@ class Blocks(nn.Module):
         angles = (torch.arange(length).float()[:, None] * self.slopes)[None]
         mask = None
         if self.masked:
-            mask = torch.linspace(-2, 2, HEADS * length * length).view(1, HEADS, length, length)
+            # learned, as relative positions are
+            mask = torch.linspace(-2, 2, HEADS * length * length).view(1, HEADS, length, length) * self.slopes.sum()
         for block in self.blocks:
             hidden = block(hidden, angles=angles, mask=mask)
         return hidden
@@ -148,11 +150,13 @@ def test_gpt_equals_one_process(ranks: Any, stages: tuple[int, ...], text: str) 
     [
         # rotary positions are cut with the tokens; padding makes a mask
         ("llama", "dp4 dp2-sp2-zero2 dp2-sp2-zero3-recompute dp4-zero3 dp2-tp2-sequence dp2-sp2 dp4"),
+        # a learned bias goes through the blocks of the encoder; those of the decoder look elsewhere, too
+        ("t5", "dp4 dp4 dp2-sp2-zero2 sp4-zero3-recompute dp4 dp4-zero3 dp4 dp4"),
         pytest.param("gpt2", "dp4 sp4-zero2 dp2-sp2-zero3-recompute dp4", marks=pytest.mark.slow),
         pytest.param("vit", "dp4 sp4-zero2 dp2-sp2-zero3-recompute dp4", marks=pytest.mark.slow),
         pytest.param("bert", "dp4 dp2-sp2-zero2 dp2-sp2-zero3-recompute dp4", marks=pytest.mark.slow),
     ],
-    ids=["llama", "gpt2", "vit", "bert"],
+    ids=["llama", "t5", "gpt2", "vit", "bert"],
 )
 def test_transformers_equal_one_process(ranks: Any, kind: str, plan: str) -> None:
     """Models that run their own forward."""
@@ -166,3 +170,127 @@ def test_transformers_equal_one_process(ranks: Any, kind: str, plan: str) -> Non
 def find_blocks(kind: str) -> tuple[str, ...]:
     """The blocks of a tiny model of transformers."""
     return test_forward.trace_structure(test_forward.Module(kind), test_forward.batch_of(kind)).blocks
+
+
+class Odd(Attention):
+    """A block that cannot be cut, in a way of its own."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+
+    def forward(self, x: Tensor, angles: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        if self.way == "counts":  # positions of its own, which a part would count from zero
+            x = x + torch.arange(x.shape[1])[None, :, None]
+        elif self.way == "mixes":
+            x = x.cumsum(1)
+        elif self.way == "other":
+            return F.scaled_dot_product_attention(x[:, None], x[:, None, ::2], x[:, None, ::2])[:, 0]
+        elif self.way == "none":
+            return (self.query(x) @ self.key(x).mT).softmax(-1) @ x
+        elif self.way == "pools":
+            return super().forward(x, angles, mask).mean(1, keepdim=True)
+        elif self.way == "bias":  # as T5's first block has it
+            mask = torch.zeros(1, 1, x.shape[1], x.shape[1])
+        elif self.way == "flat":
+            return super().forward(x[None])[0]
+        return super().forward(x, angles, mask)
+
+
+@pytest.mark.parametrize(
+    ("way", "words"),
+    [
+        ("counts", ["every token by itself"]),
+        ("mixes", ["every token by itself"]),
+        ("bias", ["every token by itself"]),
+        ("pools", ["every token by itself"]),
+        ("other", ["attends to other tokens"]),
+        ("none", ["calls no scaled_dot_product_attention"]),
+        ("flat", ["given a tensor of shape [8, 16] first"]),
+    ],
+)
+def test_blocks_that_cannot_be_cut_are_found(way: str, words: list[str]) -> None:
+    """By running them on a part; one line says why."""
+    block = Odd(way)
+    shape = (8, WIDTH) if way == "flat" else (2, 8, WIDTH)
+    arguments = ((torch.randn(shape),), {})
+    assert attention_degrees(lambda args, kwargs: block(*args, **kwargs), arguments, "blocks.0", 8) == ((), ())
+    with pytest.raises(ValueError) as error:
+        check_tokenwise(lambda args, kwargs: block(*args, **kwargs), arguments, "blocks.0")
+    message = str(error.value)
+    assert all(word in message for word in ["blocks.0", "sp", *words]) and "\n" not in message, message
+
+
+@pytest.mark.parametrize(
+    ("groups", "causal", "masked", "length", "expected"),
+    [
+        (4, True, False, 16, ((2, 4), (2, 4, 8))),
+        (2, True, False, 12, ((2, 4), (2,))),  # heads of keys are repeated, pieces of the ring are equal
+        (4, False, True, 16, ((2, 4), ())),  # a ring has no mask
+        (4, True, False, 6, ((2,), ())),
+        (4, True, False, 2, ((), ())),
+    ],
+)
+def test_degrees_are_found(
+    groups: int, causal: bool, masked: bool, length: int, expected: tuple[tuple[int, ...], tuple[int, ...]]
+) -> None:
+    """They divide the heads, and the sequence where they must; the random state is what it was."""
+    block = Attention(groups, causal)
+    mask = torch.zeros(1, HEADS, length, length) if masked else None
+    angles = torch.arange(length)[None, :, None] * torch.ones(WIDTH // HEADS)
+    before = torch.get_rng_state()
+    arguments = (
+        (torch.randn(1, length, WIDTH, generator=torch.Generator().manual_seed(0)),),
+        {"angles": angles, "mask": mask},
+    )
+    found = attention_degrees(lambda args, kwargs: block(*args, **kwargs), arguments, "block", 8)
+    assert found == expected
+    assert torch.equal(torch.get_rng_state(), before)
+    # wrong on purpose: positions that are not cut
+    wrong = attention_degrees(
+        lambda args, kwargs: block(args[0], angles[:, : args[0].shape[1]], None), arguments, "block", 8
+    )
+    assert wrong == ((), ())
+
+
+def refusal(rank: int, way: str, row: str) -> str:
+    model = Blocks(masked=way == "masked")
+    model.blocks[0] = Odd(way)
+    strategy, outer = LayerStrategy.parse(row), LayerStrategy.parse("dp2")
+    plan = HybridPlan(2, 4, 1, stages=(2,), embedding=outer, layers=(strategy, strategy), head=outer)
+    wrapper = build_module(model, find_structure(model, "blocks"), plan, PlanMesh(plan, "cpu"))
+    try:
+        wrapper(torch.randn(2, 8, 3))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("way", "row", "words"),
+    [
+        ("mixes", "sp2", ["blocks.0", "every token by itself"]),
+        ("none", "cp2-zero3-recompute", ["blocks.0", "scaled_dot_product_attention"]),
+        ("masked", "cp2", ["blocks.0", "attention mask", "Use sp"]),
+    ],
+)
+def test_wrong_plans_are_refused_in_the_first_forward(ranks: Any, way: str, row: str, words: list[str]) -> None:
+    """Never computed wrongly."""
+    for message in ranks(2).run(refusal, way, row):
+        assert all(word in message for word in words) and "\n" not in message, message
+
+
+@pytest.mark.parametrize(
+    ("field", "row", "words"),
+    [("embedding", "sp2", ["only the sequences of blocks"]), ("layers", "cp2-tp2", ["cp goes with sp"])],
+)
+def test_plans_that_cannot_be_run_are_refused(field: str, row: str, words: list[str]) -> None:
+    """Before anything is changed."""
+    world = LayerStrategy.parse(row).num_devices
+    rows = [f"dp{world}"] * (test_executor.LAYERS + 2)
+    rows[0 if field == "embedding" else 1] = row
+    plan = test_executor.plan_of(" ".join(rows), world, (6,), 1)
+    model = test_executor.Model()
+    with pytest.raises(ValueError) as error:
+        check_plan_fits_model(plan, find_structure(model), model)
+    assert all(word in str(error.value) for word in [f"plan.{field}", *words]) and "\n" not in str(error.value)
