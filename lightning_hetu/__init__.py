@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lightning_hetu.data import TextDataModule as TextDataModule
     from lightning_hetu.models import GPTLightningModule as GPTLightningModule
     from lightning_hetu.models import TransformersModule as TransformersModule
-    from lightning_hetu.parallel.checkpoint import consolidate as consolidate
+    from lightning_hetu.parallel.consolidate import consolidate as consolidate
     from lightning_hetu.parallel.pipeline_mixin import PipelineMixin as PipelineMixin
     from lightning_hetu.planning import ClusterSpec as ClusterSpec
     from lightning_hetu.planning import HybridPlan as HybridPlan
@@ -37,7 +37,7 @@ _EXPORTS = {
     "PipelineMixin": "lightning_hetu.parallel.pipeline_mixin",
     "TextDataModule": "lightning_hetu.data",
     "TransformersModule": "lightning_hetu.models",
-    "consolidate": "lightning_hetu.parallel.checkpoint",
+    "consolidate": "lightning_hetu.parallel.consolidate",
     "search": "lightning_hetu.planning",
 }
 

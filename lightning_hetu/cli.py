@@ -25,7 +25,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import lightning_hetu
-from lightning_hetu.parallel.checkpoint import consolidate
+from lightning_hetu.parallel.consolidate import consolidate
 from lightning_hetu.planning.picture import save_picture
 from lightning_hetu.strategies._offline import Target, comparison, plan_offline
 from lightning_hetu.strategies.auto import AutoHybridParallelStrategy

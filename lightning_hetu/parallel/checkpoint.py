@@ -7,10 +7,7 @@ because nested parameter groups of different pipeline stages would collide under
 
 from __future__ import annotations
 
-import os
-import pickle
 import shutil
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +16,6 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -31,21 +26,15 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
+from lightning_hetu.parallel.checkpoint_files import METADATA_FILE, PLAN_FILE, check_folder
 from lightning_hetu.parallel.optimizers import GroupNames
 
-METADATA_FILE = "meta.pt"
-PLAN_FILE = "plan.json"
-PARAMETER_GROUPS_KEY = "hetu_parameter_groups"
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True, cpu_offload=True)
 _OTHER_GROUPS = (
     "the checkpoint's optimizer has other parameter groups than this module configures: load it with ckpt_path on a"
     " module that configures the same, or load only its weights. Where a callback has added groups, it must add them"
     " again in its on_fit_start."
 )
-
-
-class DamagedCheckpointError(ValueError):
-    """A checkpoint folder is incomplete or was cut short."""
 
 
 def model_state(module: nn.Module) -> dict[str, Any]:
@@ -269,218 +258,6 @@ def load_full(
         with _without_empty_groups(optimizer) as trains:
             if trains:
                 set_optimizer_state_dict(module, optimizer, nested, options=full)
-
-
-def check_folder(path: Path) -> Metadata:
-    """Reads the index of a checkpoint folder and checks that every file it names is complete.
-
-    Raises:
-        FileNotFoundError: If there is no checkpoint folder.
-        DamagedCheckpointError: If files are missing or cut short.
-    """
-    if not path.is_dir():
-        raise FileNotFoundError(f"checkpoint {str(path)!r} does not exist.")
-    remedy = "The checkpoint is damaged: use an earlier one."
-    for name in (".metadata", METADATA_FILE):
-        if not (path / name).is_file():
-            raise DamagedCheckpointError(f"checkpoint {str(path)!r} lacks its file {name!r}. {remedy}")
-    try:
-        metadata = FileSystemReader(str(path)).read_metadata()
-    except (EOFError, pickle.UnpicklingError, AttributeError, OSError, ValueError, IndexError, KeyError) as error:
-        raise DamagedCheckpointError(f"checkpoint {str(path)!r}: '.metadata' cannot be read. {remedy}") from error
-    needed: dict[str, int] = {}
-    for info in (metadata.storage_data or {}).values():
-        end = info.offset + info.length
-        needed[info.relative_path] = max(needed.get(info.relative_path, 0), end)
-    for name, size in sorted(needed.items()):
-        file = path / name
-        found = file.stat().st_size if file.is_file() else 0
-        if found < size:
-            raise DamagedCheckpointError(
-                f"checkpoint {str(path)!r}: file {name!r} has {found} bytes, expected at least {size}. {remedy}"
-            )
-    return metadata
-
-
-def load_metadata(path: Path, weights_only: bool | None = None) -> dict[str, Any]:
-    """What Lightning stored beside the tensors: loops, callbacks, schedulers, hyperparameters.
-
-    Raises:
-        DamagedCheckpointError: If it cannot be read.
-    """
-    metadata = load_file(path / METADATA_FILE, weights_only)
-    if not isinstance(metadata, dict):
-        raise DamagedCheckpointError(f"checkpoint {str(path)!r}: {METADATA_FILE!r} holds a {type(metadata).__name__}.")
-    return metadata
-
-
-def load_file(path: Path, weights_only: bool | None = None) -> Any:
-    """What ``torch.save`` wrote to one file.
-
-    Raises:
-        DamagedCheckpointError: If it cannot be read.
-        ValueError: If it holds objects that ``weights_only`` does not allow.
-    """
-    damaged = f"checkpoint file {str(path)!r} cannot be read: it is damaged, or no checkpoint. Use an earlier one."
-    if not zipfile.is_zipfile(path):
-        raise DamagedCheckpointError(damaged)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=weights_only)
-    except pickle.UnpicklingError as error:
-        if "weights_only" not in str(error) and "Weights only" not in str(error):
-            raise DamagedCheckpointError(damaged) from error
-        raise ValueError(
-            f"checkpoint file {str(path)!r} holds other objects than tensors and plain values. If you trust it, load it"
-            " with weights_only=False."
-        ) from error
-    except (EOFError, RuntimeError, OSError, KeyError, zipfile.BadZipFile) as error:
-        raise DamagedCheckpointError(damaged) from error
-
-
-def check_content(checkpoint: Any, path: Path) -> None:
-    """Refuses a file that is no Lightning checkpoint.
-
-    Raises:
-        ValueError: It names what is missing.
-    """
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), Mapping):
-        found = f"keys {', '.join(map(str, list(checkpoint)[:5]))}" if isinstance(checkpoint, dict) else "no mapping"
-        raise ValueError(
-            f"checkpoint file {str(path)!r} has no 'state_dict' ({found}): expected what a Trainer has saved."
-        )
-
-
-def consolidate(folder: str | Path, file: str | Path) -> Path:
-    """Writes a checkpoint folder as one file that a plain ``Trainer`` loads, without any process group.
-
-    Args:
-        folder: A checkpoint folder.
-        file: File to write, for example ``"model.ckpt"``; it must not exist.
-
-    Returns:
-        The file.
-
-    Raises:
-        FileNotFoundError: If there is no such folder.
-        FileExistsError: If the file exists.
-        DamagedCheckpointError: If the folder is incomplete.
-    """
-    folder, file = Path(folder), Path(file)
-    if file.exists():
-        raise FileExistsError(f"{str(file)!r} exists already: remove it, or give another name.")
-    check_folder(folder)
-    checkpoint = load_metadata(folder, weights_only=False)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    raw_file = file.with_name(file.name + ".raw")
-    partial = file.with_name(file.name + ".partial")
-    try:
-        dcp_to_torch_save(str(folder), str(raw_file))
-        raw = torch.load(raw_file, map_location="cpu", weights_only=False)
-        checkpoint["state_dict"] = raw["state_dict"]
-        groups = checkpoint.pop(PARAMETER_GROUPS_KEY, [])
-        if groups is None:
-            raise ValueError(
-                f"checkpoint {str(folder)!r}: its optimizer takes parameters in another order than the module has them,"
-                " over several stages; resume it under a plan with one stage and save again."
-            )
-        checkpoint["optimizer_states"] = [
-            _plain_optimizer_state(raw[f"optimizer_{index}"], names) for index, names in enumerate(groups)
-        ]
-        torch.save(checkpoint, partial)
-        os.replace(partial, file)
-    finally:
-        raw_file.unlink(missing_ok=True)
-        partial.unlink(missing_ok=True)
-    return file
-
-
-def parameter_groups(
-    module: nn.Module,
-    optimizers: Sequence[Optimizer],
-    all_names: Sequence[str],
-    known: Sequence[GroupNames] | None = None,
-) -> list[GroupNames] | None:
-    """For each optimizer, for each group, the parameter names over all stages, in the order the optimizer has them.
-
-    torch numbers optimizer states by that order. ``None`` where it cannot be told: with several stages whose parameters
-    are not in the order of the model.
-
-    Args:
-        module: This rank's part of the model.
-        optimizers: Its optimizers; the groups must be the same on every rank.
-        all_names: Parameter names of the whole model, in order.
-        known: What the optimizers had over the whole model when they were made; used for the groups that are still so.
-
-    Raises:
-        ValueError: If ranks have different numbers of groups.
-    """
-    names = {parameter: name for name, parameter in module.named_parameters()}
-    own = [[[names[p] for p in group["params"]] for group in opt.param_groups] for opt in optimizers]
-    gathered: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, own)
-    counts = {tuple(map(len, rank)) for rank in gathered}
-    if len(counts) > 1:
-        raise ValueError(
-            f"the optimizers have {' or '.join(map(str, sorted(counts)))} parameter groups, depending on the pipeline"
-            " stage: where a group is added later, add it in every stage, without parameters if need be."
-        )
-    position = {name: index for index, name in enumerate(all_names)}
-    merged: list[GroupNames] = []
-    for index, optimizer in enumerate(own):
-        before = known[index] if known is not None else []
-        groups = []
-        for group in range(len(optimizer)):
-            parts = [rank[index][group] for rank in gathered]
-            members = {name for part in parts for name in part}
-            if group < len(before) and members == set(before[group]) and all(_is_part(p, before[group]) for p in parts):
-                groups.append(before[group])
-                continue
-            if all(set(part) == members for part in parts):
-                groups.append(parts[0])  # one stage: the order of the optimizer itself
-                continue
-            if any(part != sorted(part, key=lambda name: position[name]) for part in parts):
-                return None
-            groups.append(sorted(members, key=lambda name: position[name]))
-        merged.append(groups)
-    return merged
-
-
-def _is_part(part: Sequence[str], whole: Sequence[str]) -> bool:
-    """Whether a rank has its parameters of a group in the order of the whole group."""
-    own = set(part)
-    return [name for name in whole if name in own] == list(part)
-
-
-def _plain_optimizer_state(flat: Mapping[str, Any], names: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """torch's own ``{state, param_groups}`` from flattened entries (which DCP may have nested again)."""
-    state: dict[int, dict[str, Any]] = {}
-    groups: list[dict[str, Any]] = []
-    entries = _flatten("", flat)
-    identifier = 0
-    for members in names:
-        group: dict[str, Any] = {}
-        identifiers = []
-        for name in members:
-            prefix = f"param_groups.{name}."
-            group |= {key[len(prefix) :]: value for key, value in entries.items() if key.startswith(prefix)}
-            prefix = f"state.{name}."
-            values = {key[len(prefix) :]: value for key, value in entries.items() if key.startswith(prefix)}
-            if values:
-                state[identifier] = values
-            identifiers.append(identifier)
-            identifier += 1
-        groups.append({**group, "params": identifiers})
-    return {"state": state, "param_groups": groups}
-
-
-def _flatten(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            out |= _flatten(f"{prefix}{key}.", value)
-        else:
-            out[f"{prefix}{key}"] = value
-    return out
 
 
 def _unexpected(own: Mapping[str, Any], saved: Sequence[str]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -66,7 +66,7 @@ class PipelineExecutor:
         self.data_dp = local_dp(plan)
         self._schedules: dict[tuple[Any, ...], Runner] = {}
         self._outputs: Tensor | None = None
-        self._loss_scale: float | Tensor = 1.0
+        self._loss_share: float | Tensor = 1.0
         self._window_ended = True
         self.steps = 0
 
@@ -94,7 +94,7 @@ class PipelineExecutor:
             inputs = self._cut(inputs, self.plan.embedding.dp, microbatches)
         if self.mesh.is_last_stage:
             target = self._cut(target, self.plan.head.dp, microbatches)
-        self._loss_scale = self._scale_of_loss(target, microbatches)
+        self._loss_share = self._share_of_loss(target.chunk(microbatches))
         schedule = self._schedule(tuple(inputs.shape), microbatches, training=training, with_loss=True)
 
         def run(losses: list[Tensor]) -> None:
@@ -162,23 +162,26 @@ class PipelineExecutor:
         rows: Tensor = finer_rows(values, len(values), microbatches, parts, self.mesh.data_index(dp) % parts)
         return rows
 
-    def _scale_of_loss(self, target: Tensor, microbatches: int) -> float | Tensor:
-        """What the mean loss of one local microbatch, times its weight if it has one, counts in the global loss."""
+    def _share_of_loss(self, targets: Sequence[Any]) -> float | Tensor:
+        """What the mean loss of a local microbatch, times its weight if it has one, counts in the global loss."""
         if not self.mesh.is_last_stage:
             return 1.0
-        weights = [self.module.pipeline_loss_weight(part) for part in target.chunk(microbatches)]
+        weights = [self.module.pipeline_loss_weight(target) for target in targets]
         if weights[0] is None:
-            return 1.0 / (microbatches * self.plan.head.dp)
+            return 1.0 / (len(targets) * self.plan.head.dp)
         total = torch.stack([torch.as_tensor(w, dtype=torch.float32, device=self.device) for w in weights]).sum()
-        layout = self.mesh.layout(self.plan.head)
-        torch.distributed.all_reduce(total, group=layout.data.get_group())
+        torch.distributed.all_reduce(total, group=self.mesh.layout(self.plan.head).data.get_group())
         return 1.0 / total.clamp(min=torch.finfo(torch.float32).tiny)
+
+    def _in_global_loss(self, loss: Tensor, target: Any) -> Tensor:
+        """The mean loss of a local microbatch as a summand of the global loss."""
+        weight = self.module.pipeline_loss_weight(target)
+        return loss * (self._loss_share if weight is None else weight * self._loss_share)
 
     def _loss(self, output: Tensor, target: Tensor) -> Tensor:
         with stage_autocast(output.device.type, self.stage.autocast_dtype):
             loss = self.module.pipeline_loss(output, target)
-        weight = self.module.pipeline_loss_weight(target)
-        return loss * self._loss_scale if weight is None else loss * (weight * self._loss_scale)
+        return self._in_global_loss(loss, target)
 
     def _schedule(self, shapes: tuple[Any, ...], microbatches: int, *, training: bool, with_loss: bool) -> Runner:
         """A schedule for these shapes: stages exchange shapes when a schedule first runs, and keep to them."""

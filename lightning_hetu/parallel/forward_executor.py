@@ -35,14 +35,14 @@ class ForwardExecutor(PipelineExecutor):
         microbatches = self._microbatches(rows, training)
         parts = microbatches_of(inputs, rows, microbatches)
         targets = parts if target is None else microbatches_of(target, rows, microbatches)
-        scales = self._scales(targets, microbatches)
+        self._loss_share = self._share_of_loss(targets)
         kept: list[Tensor | None] = [None] * microbatches
 
         def finish(output: Any, index: int) -> Tensor:
             loss = self.module.pipeline_loss(output, targets[index])
             if keep_outputs:
                 kept[index] = self.module.pipeline_output(output).detach()
-            return (loss * scales[index]).reshape(1)
+            return self._in_global_loss(loss, targets[index]).reshape(1)
 
         def run(losses: list[Tensor]) -> None:
             self._run_parts(parts, finish, losses, training)
@@ -68,19 +68,6 @@ class ForwardExecutor(PipelineExecutor):
 
     def _complete_gradients(self) -> None:
         self.stage.tied.add_up()
-
-    def _scales(self, targets: list[Any], microbatches: int) -> list[float | Tensor]:
-        """What the mean loss of each local microbatch counts in the global loss."""
-        if not self.mesh.is_last_stage:
-            return [1.0] * microbatches
-        weights = [self.module.pipeline_loss_weight(target) for target in targets]
-        if weights[0] is None:
-            return [1.0 / (microbatches * self.plan.head.dp)] * microbatches
-        counts = torch.stack([torch.as_tensor(w, dtype=torch.float32, device=self.device) for w in weights])
-        total = counts.sum()
-        layout = self.mesh.layout(self.plan.head)
-        torch.distributed.all_reduce(total, group=layout.data.get_group())
-        return list(counts / total.clamp(min=torch.finfo(torch.float32).tiny))
 
     def _run_parts(self, parts: list[Any], finish: Any, losses: list[Tensor] | None, training: bool) -> None:
         shapes = tuple(tuple(leaf.shape) for leaf in tree_leaves(parts[0]) if isinstance(leaf, Tensor))

@@ -7,6 +7,7 @@ groups, whatever stage they end up in. Only then the model is cut, and the group
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,6 +23,63 @@ def parameter_names(optimizers: Sequence[Optimizer], module: nn.Module) -> list[
     if any(p not in names for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]):
         return None
     return [[[names[p] for p in group["params"]] for group in optimizer.param_groups] for optimizer in optimizers]
+
+
+def parameter_groups(
+    module: nn.Module,
+    optimizers: Sequence[Optimizer],
+    all_names: Sequence[str],
+    known: Sequence[GroupNames] | None = None,
+) -> list[GroupNames] | None:
+    """For each optimizer, for each group, the parameter names over all stages, in the order the optimizer has them.
+
+    torch numbers optimizer states by that order. ``None`` where it cannot be told: with several stages whose parameters
+    are not in the order of the model.
+
+    Args:
+        module: This rank's part of the model.
+        optimizers: Its optimizers; the groups must be the same on every rank.
+        all_names: Parameter names of the whole model, in order.
+        known: What the optimizers had over the whole model when they were made; used for the groups that are still so.
+
+    Raises:
+        ValueError: If ranks have different numbers of groups.
+    """
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    own = [[[names[p] for p in group["params"]] for group in opt.param_groups] for opt in optimizers]
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, own)
+    counts = {tuple(map(len, rank)) for rank in gathered}
+    if len(counts) > 1:
+        raise ValueError(
+            f"the optimizers have {' or '.join(map(str, sorted(counts)))} parameter groups, depending on the pipeline"
+            " stage: where a group is added later, add it in every stage, without parameters if need be."
+        )
+    position = {name: index for index, name in enumerate(all_names)}
+    merged: list[GroupNames] = []
+    for index, optimizer in enumerate(own):
+        before = known[index] if known is not None else []
+        groups = []
+        for group in range(len(optimizer)):
+            parts = [rank[index][group] for rank in gathered]
+            members = {name for part in parts for name in part}
+            if group < len(before) and members == set(before[group]) and all(_is_part(p, before[group]) for p in parts):
+                groups.append(before[group])
+                continue
+            if all(set(part) == members for part in parts):
+                groups.append(parts[0])  # one stage: the order of the optimizer itself
+                continue
+            if any(part != sorted(part, key=lambda name: position[name]) for part in parts):
+                return None
+            groups.append(sorted(members, key=lambda name: position[name]))
+        merged.append(groups)
+    return merged
+
+
+def _is_part(part: Sequence[str], whole: Sequence[str]) -> bool:
+    """Whether a rank has its parameters of a group in the order of the whole group."""
+    own = set(part)
+    return [name for name in whole if name in own] == list(part)
 
 
 def can_rebind(optimizer: Optimizer) -> bool:

@@ -76,7 +76,8 @@ class ForwardParts:
         self.max_tp = max_tp
         self.layers, self.first = group_layers(module, structure.blocks)
         self.count = len(self.first) + 2
-        self.shared = False
+        self.pipeline, self.split_vocab = True, False
+        self.schedules: tuple[str, ...] = ("1f1b", "gpipe")
         model = module.get_submodule(structure.model)
         named = dict(model.named_parameters())
         names = {id(parameter): name for name, parameter in named.items()}

@@ -6,7 +6,7 @@ import copy
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_hetu.parallel.structure import ModelStructure
 from lightning_hetu.parallel.tensor_plan import tensor_parallel_degrees, tensor_parallel_plan
+from lightning_hetu.planning.plan import Schedule
 from lightning_hetu.planning.profile import LayerProfile
 from lightning_hetu.profiling._case import LayerCase, tensor_bytes
 from lightning_hetu.profiling._forward_parts import ForwardParts
@@ -26,6 +27,8 @@ _log = logging.getLogger(__name__)
 
 class ModelParts:
     """The parts of a model with pipeline support, ready to be measured one by one.
+
+    What it says of the whole model has the names of :class:`~lightning_hetu.planning.profile.ModelProfile`.
 
     Args:
         module: The whole module.
@@ -47,15 +50,17 @@ class ModelParts:
         self.max_tp = max_tp
         self.layers, self.first = group_layers(module, structure.blocks)
         self.count = len(self.first) + 2
-        owner: dict[int, str] = {}  # a parameter that two parts share belongs to the first
-        self.shared = False
         self.tied_bytes = 0
+        self.schedules: tuple[str, ...] = get_args(Schedule)
+        owner: dict[int, str] = {}  # a parameter that two parts share belongs to the first
+        shared = False
         for _, name in structure.rows():
             assert name is not None
             for parameter in module.get_submodule(name).parameters():
-                self.shared |= owner.setdefault(id(parameter), name) != name
+                shared |= owner.setdefault(id(parameter), name) != name
         self._owner = owner
-        if self.shared:
+        self.pipeline = self.split_vocab = not shared
+        if shared:
             _log.info("%s shares parameters between layers: it is kept in one stage.", type(module).__name__)
 
     def profiles(

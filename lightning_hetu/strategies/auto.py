@@ -26,6 +26,7 @@ from torch.optim import LBFGS, Adafactor, Optimizer
 from typing_extensions import override
 
 from lightning_hetu.parallel import checkpoint as ckpt
+from lightning_hetu.parallel import checkpoint_files as ckpt_files
 from lightning_hetu.parallel.build import (
     build_module,
     build_stage,
@@ -38,7 +39,7 @@ from lightning_hetu.parallel.executor import PipelineExecutor
 from lightning_hetu.parallel.forward_build import build_forward_stage
 from lightning_hetu.parallel.forward_executor import ForwardExecutor
 from lightning_hetu.parallel.mesh import PlanMesh
-from lightning_hetu.parallel.optimizers import GroupNames, can_rebind, parameter_names, rebind
+from lightning_hetu.parallel.optimizers import GroupNames, can_rebind, parameter_groups, parameter_names, rebind
 from lightning_hetu.parallel.pipeline_mixin import PipelineMixin
 from lightning_hetu.parallel.structure import ModelStructure
 from lightning_hetu.planning.explain import diff
@@ -230,7 +231,7 @@ class AutoHybridParallelStrategy(ModelParallelStrategy):
         if self.global_rank == 0 and compat.is_fitting(trainer):
             # Not to the working directory, where it might be a file of the user's.
             if trainer.loggers and folder is not None:
-                plan.save(Path(folder) / ckpt.PLAN_FILE)
+                plan.save(Path(folder) / ckpt_files.PLAN_FILE)
             if self._stop_file is not None:
                 try:
                     plan.save(self._stop_file)
@@ -429,7 +430,7 @@ class AutoHybridParallelStrategy(ModelParallelStrategy):
         optimizer_states = metadata.pop("optimizer_states", [])
         state.update({f"optimizer_{index}": value for index, value in enumerate(optimizer_states)})
         if optimizer_states:
-            metadata[ckpt.PARAMETER_GROUPS_KEY] = self._parameter_groups()
+            metadata[ckpt_files.PARAMETER_GROUPS_KEY] = self._parameter_groups()
         ckpt.save_folder(state, metadata, self.plan.to_json(), path)
 
     @override
@@ -442,9 +443,9 @@ class AutoHybridParallelStrategy(ModelParallelStrategy):
             return self._load_file(path, weights_only, strict)
         names = self._parameter_groups() if self.optimizers else None
         ckpt.load_folder(self.lightning_module, self.optimizers, path, names, strict=strict)
-        metadata = ckpt.load_metadata(path, weights_only)
-        ckpt.check_parameter_groups(metadata.get(ckpt.PARAMETER_GROUPS_KEY), names)
-        self._tell_what_changed(path / ckpt.PLAN_FILE)
+        metadata = ckpt_files.load_metadata(path, weights_only)
+        ckpt.check_parameter_groups(metadata.get(ckpt_files.PARAMETER_GROUPS_KEY), names)
+        self._tell_what_changed(path / ckpt_files.PLAN_FILE)
         return metadata
 
     def _tell_what_changed(self, plan_file: Path) -> None:
@@ -458,8 +459,8 @@ class AutoHybridParallelStrategy(ModelParallelStrategy):
             rank_zero_info(f"since the checkpoint was written: {diff(before, self.plan)}")
 
     def _load_file(self, path: Path, weights_only: bool | None, strict: bool) -> dict[str, Any]:
-        checkpoint: dict[str, Any] = ckpt.load_file(path, weights_only)
-        ckpt.check_content(checkpoint, path)
+        checkpoint: dict[str, Any] = ckpt_files.load_file(path, weights_only)
+        ckpt_files.check_content(checkpoint, path)
         assert self.lightning_module is not None
         optimizers = self.optimizers if checkpoint.get("optimizer_states") else []
         names = self._parameter_groups() if optimizers else []
@@ -469,7 +470,7 @@ class AutoHybridParallelStrategy(ModelParallelStrategy):
     def _parameter_groups(self) -> list[GroupNames] | None:
         assert self.lightning_module is not None
         module, known = self.lightning_module, self._optimizer_names
-        return ckpt.parameter_groups(module, self.optimizers, self._parameter_names, known)
+        return parameter_groups(module, self.optimizers, self._parameter_names, known)
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

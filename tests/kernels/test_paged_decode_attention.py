@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import hetu_kernels
 from hetu_kernels._common.device import TARGETS
-from hetu_kernels.attention import decode
+from hetu_kernels.attention import _decode_kernels as kernels
 from hetu_kernels.attention.decode_ref import paged_decode_attention_reference
 from hetu_kernels.attention.decode_spec import packed, paged, random_tree
 
@@ -207,13 +207,13 @@ def test_float64_is_computed_in_float64(device: torch.device) -> None:
 
 
 def test_splits_are_enough_for_every_multiprocessor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode, "sm_count", lambda device: 132)
+    monkeypatch.setattr(kernels, "sm_count", lambda device: 132)
     cpu = torch.device("cpu")
-    assert decode.default_num_splits(8, 10_000, cpu) == 33
-    assert decode.default_num_splits(1, 10_000, cpu) == 64
-    assert decode.default_num_splits(1, 5, cpu) == 5
-    assert decode.default_num_splits(264, 10_000, cpu) == 1
-    assert decode.default_num_splits(100, 0, cpu) == 1
+    assert kernels.default_num_splits(8, 10_000, cpu) == 33
+    assert kernels.default_num_splits(1, 10_000, cpu) == 64
+    assert kernels.default_num_splits(1, 5, cpu) == 5
+    assert kernels.default_num_splits(264, 10_000, cpu) == 1
+    assert kernels.default_num_splits(100, 0, cpu) == 1
 
 
 @pytest.mark.parametrize("limit", [101_376, TARGETS["sm_80"].shared_memory, TARGETS["sm_90"].shared_memory])
@@ -222,10 +222,10 @@ def test_every_configuration_is_within_shared_memory(limit: int) -> None:
     for itemsize in (2, 4):
         for block_d in (16, 32, 64, 128, 256):
             for rows in (1, 16, 17, 64, 512):
-                block_r = decode._row_block(rows, block_d, itemsize)
+                block_r = kernels._row_block(rows, block_d, itemsize)
                 assert block_r in (16, 32, 64, 128)
-                config = decode._config(block_r, block_d, itemsize, limit)
-                used = decode._shared_memory(config.blocks["BLOCK_N"], config.num_stages, block_r, block_d, itemsize)
+                config = kernels._config(block_r, block_d, itemsize, limit)
+                used = kernels._shared_memory(config.blocks["BLOCK_N"], config.num_stages, block_r, block_d, itemsize)
                 assert used <= limit, (itemsize, block_d, block_r)
 
 

@@ -12,6 +12,9 @@ import pytest
 import torch
 
 from lightning_hetu.parallel import checkpoint as ckpt
+from lightning_hetu.parallel import checkpoint_files as files
+from lightning_hetu.parallel.consolidate import consolidate
+from lightning_hetu.parallel.optimizers import parameter_groups
 from lightning_hetu.planning.plan import HybridPlan
 from tests.parallel.test_executor import build, full, plan_of
 
@@ -111,21 +114,21 @@ def test_files_that_are_no_checkpoint(saved: tuple[Path, dict[str, Any]], tmp_pa
     folder = tmp_path / "garbage.ckpt"
     shutil.copytree(saved[0], folder)
     (folder / "meta.pt").write_bytes(b"\x80\x02not a checkpoint")
-    with pytest.raises(ckpt.DamagedCheckpointError, match=r"meta.pt.*cannot be read"):
-        ckpt.load_metadata(folder)
+    with pytest.raises(files.DamagedCheckpointError, match=r"meta.pt.*cannot be read"):
+        files.load_metadata(folder)
     (folder / "meta.pt").write_bytes((saved[0] / "meta.pt").read_bytes()[:-30])
-    with pytest.raises(ckpt.DamagedCheckpointError, match=r"meta.pt.*cannot be read"):
-        ckpt.consolidate(folder, tmp_path / "one.ckpt")
+    with pytest.raises(files.DamagedCheckpointError, match=r"meta.pt.*cannot be read"):
+        consolidate(folder, tmp_path / "one.ckpt")
     torch.save([1, 2], folder / "meta.pt")
-    with pytest.raises(ckpt.DamagedCheckpointError, match="holds a list"):
-        ckpt.load_metadata(folder)
+    with pytest.raises(files.DamagedCheckpointError, match="holds a list"):
+        files.load_metadata(folder)
     torch.save({"callback": Path().stat()}, tmp_path / "objects.ckpt")
     with pytest.raises(ValueError, match="weights_only=False") as error:
-        ckpt.load_file(tmp_path / "objects.ckpt", weights_only=True)
+        files.load_file(tmp_path / "objects.ckpt", weights_only=True)
     assert "\n" not in str(error.value)
     for content, found in (({"weights": 1}, "keys weights"), ([1], "no mapping"), ({"state_dict": 3}, "state_dict")):
         with pytest.raises(ValueError, match=f"has no 'state_dict' .*{found}"):
-            ckpt.check_content(content, Path("file.ckpt"))
+            files.check_content(content, Path("file.ckpt"))
 
 
 def load_a_smaller_model(rank: int, plan: HybridPlan, folder: str) -> str:
@@ -167,15 +170,15 @@ def test_consolidated_file_has_plain_tensors_under_plain_names(
     saved: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     """The file holds whole tensors, loads with ``weights_only=True``, and is not written twice."""
-    file = ckpt.consolidate(saved[0], tmp_path / "deep" / "one.ckpt")
+    file = consolidate(saved[0], tmp_path / "deep" / "one.ckpt")
     content = torch.load(file, weights_only=True)
     assert content["epoch"] == 3
     assert all(torch.equal(content["state_dict"][name], weight) for name, weight in saved[1].items())
     assert {path.name for path in file.parent.iterdir()} == {"one.ckpt"}
     with pytest.raises(FileExistsError, match="exists already"):
-        ckpt.consolidate(saved[0], file)
+        consolidate(saved[0], file)
     with pytest.raises(FileNotFoundError, match="does not exist"):
-        ckpt.consolidate(tmp_path / "nothing", tmp_path / "two.ckpt")
+        consolidate(tmp_path / "nothing", tmp_path / "two.ckpt")
 
 
 def name_groups(rank: int, adds: list[bool]) -> Any:
@@ -185,11 +188,11 @@ def name_groups(rank: int, adds: list[bool]) -> Any:
     optimizer = torch.optim.SGD([{"params": [layer.weight]}])
     known = [[["layer1.weight", "layer0.weight"]]]
     names = [f"layer{index}.{kind}" for index in range(2) for kind in ("weight", "bias")]
-    before = ckpt.parameter_groups(stage, [optimizer], names, known)
+    before = parameter_groups(stage, [optimizer], names, known)
     if adds[rank]:
         optimizer.add_param_group({"params": [layer.bias]})
     try:
-        return before, ckpt.parameter_groups(stage, [optimizer], names, known)
+        return before, parameter_groups(stage, [optimizer], names, known)
     except ValueError as error:
         return before, str(error)
 

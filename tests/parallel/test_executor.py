@@ -160,15 +160,19 @@ MIXED = "dp4-zero3 dp4-ddp dp2-tp2-zero2-recompute tp4 dp4-zero3-recompute tp4-r
     ("plan", "options"),
     [
         (plan_of(MIXED, 8, (3, 3), 4), {}),
-        (plan_of(MIXED, 8, (3, 3), 4, "gpipe"), {}),
-        (plan_of(MIXED, 8, (3, 3), 2), {"ignore": True}),
+        pytest.param(plan_of(MIXED, 8, (3, 3), 4, "gpipe"), {}, marks=pytest.mark.slow),
+        (plan_of(SMALL, 4, (3, 3), 4, "gpipe"), {"ignore": True}),
         pytest.param(plan_of(MIXED.replace("zero3", "zero2"), 8, (2, 4), 4), {}, marks=pytest.mark.slow),
         pytest.param(
             plan_of("dp2 dp2-zero2 dp2 tp2 dp2-zero3 dp2 tp2-recompute tp2", 8, (1, 2, 2, 1), 4),
             {},
             marks=pytest.mark.slow,
         ),
-        (plan_of("dp8 dp8-zero2 dp4-tp2-zero3 dp2-tp4-zero2 dp8-zero3 dp4-tp2 dp2-tp4 dp4-tp2", 8, (6,), 2), {}),
+        pytest.param(
+            plan_of("dp8 dp8-zero2 dp4-tp2-zero3 dp2-tp4-zero2 dp8-zero3 dp4-tp2 dp2-tp4 dp4-tp2", 8, (6,), 2),
+            {},
+            marks=pytest.mark.slow,
+        ),
         (plan_of(SMALL, 4, (1, 2, 2, 1), 4, "interleaved_1f1b", 2), {"ignore": True}),
         pytest.param(plan_of(MIXED, 8, (2, 1, 2, 1), 4, "interleaved_1f1b", 2), {}, marks=pytest.mark.slow),
         (plan_of("dp1 dp1 dp1-recompute dp1 dp1-zero2 dp1 dp1-recompute dp1", 4, (1, 2, 2, 1), 8, "zero_bubble"), {}),
@@ -184,8 +188,8 @@ MIXED = "dp4-zero3 dp4-ddp dp2-tp2-zero2-recompute tp4 dp4-zero3-recompute tp4-r
     ],
     ids=[
         "1f1b",
+        "gpipe-on-8",
         "gpipe",
-        "ignored-targets",
         "uneven-stages",
         "four-stages",
         "one-stage",
@@ -307,7 +311,7 @@ def build_error(rank: int, plan: HybridPlan) -> str:
     [
         (plan_of("dp2 dp2 dp2 dp2 dp2 dp2 dp2 dp2", 4, (3, 3), 2), ["world_size=4", "8 devices"]),
         (plan_of("dp8 dp8 dp8 dp8 dp8 dp8", 8, (4,), 2), ["4 entries", "6 blocks"]),
-        (plan_of("dp8 dp4-sp2 dp8 dp8 dp8 dp8 dp8 dp8", 8, (6,), 2), ["layers[0]", "sequence"]),
+        (plan_of("dp8 dp2-tp2-cp2 dp8 dp8 dp8 dp8 dp8 dp8", 8, (6,), 2), ["layers[0]", "cp goes with sp"]),
         (plan_of("dp8 dp8 dp8 dp8 dp8 dp8 dp8 dp8-recompute", 8, (6,), 2), ["plan.head", "only blocks"]),
     ],
 )

@@ -36,7 +36,7 @@ def degrees_of(profile: ModelProfile) -> list[tuple[tuple[int, ...], ...]]:
         # two groups of heads for tensor parallelism; padding makes a mask, which a ring has not
         ("llama", ((2,), (2, 4), ())),
         ("vit", ((), (2, 4), ())),
-        ("swin", ((), (), ())),  # windows
+        pytest.param("swin", ((), (), ()), marks=pytest.mark.slow),  # windows
     ],
 )
 def test_measured_and_estimated_models_have_them(kind: str, expected: tuple[tuple[int, ...], ...]) -> None:

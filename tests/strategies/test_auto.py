@@ -94,7 +94,7 @@ def test_bf16_mixed_follows_one_device(ranks: Any, tmp_path: Any) -> None:
 
 def test_resume_under_any_plan(ranks: Any, tmp_path: Any) -> None:
     """Saved on 8 ranks, resumed on 4 under another plan, on 2, and on one under a plain Trainer: the same losses."""
-    from lightning_hetu.parallel.checkpoint import consolidate
+    from lightning_hetu.parallel.consolidate import consolidate
 
     options = {"evaluate": False, "shuffle": False, "gradient_clip_val": 0.05}
     wide = plan_of("dp4-zero3 dp2-tp2 dp4-zero2 tp4 dp4-zero3-recompute dp2-tp2", 8, (2, 2), 2)
@@ -128,7 +128,7 @@ def test_resume_under_any_plan(ranks: Any, tmp_path: Any) -> None:
 @pytest.mark.parametrize("module", [pytest.param("grouped", marks=pytest.mark.slow), "stepwise"])
 def test_resume_with_groups_of_all_stages(ranks: Any, tmp_path: Any, module: str) -> None:
     """Groups in another order than the model, empty ones and stages that train nothing resume anywhere."""
-    from lightning_hetu.parallel.checkpoint import consolidate
+    from lightning_hetu.parallel.consolidate import consolidate
 
     options = {"module": module, "module_options": {"frozen": 2}, "evaluate": False, "shuffle": False}
     many = ranks(4).run(train, str(tmp_path / "many"), DEEP, options)[0]
@@ -145,7 +145,7 @@ def test_resume_with_groups_of_all_stages(ranks: Any, tmp_path: Any, module: str
 
 def test_groups_that_a_callback_adds(ranks: Any, tmp_path: Any) -> None:
     """They train as on one device, and are resumed under another plan and on one device where they are added again."""
-    from lightning_hetu.parallel.checkpoint import consolidate
+    from lightning_hetu.parallel.consolidate import consolidate
 
     options = {"module": "grouped", "callbacks": [Thawing()], "max_epochs": 3, "limit_train_batches": 2}
     options |= {"evaluate": False, "shuffle": False}

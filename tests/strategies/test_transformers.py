@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_hetu.parallel.checkpoint import consolidate
+from lightning_hetu.parallel.consolidate import consolidate
 from tests.strategies._runs import T5, Llama, plan_of, train
 from tests.strategies.test_auto import same
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from hetu_kernels._common.registry import LOW_AND_FULL, AotCall, Benchmark, Case, OpSpec
-from hetu_kernels.attention.decode import launch_paged_decode_attention, paged_decode_attention
+from hetu_kernels.attention._decode_kernels import launch_paged_decode_attention
+from hetu_kernels.attention.decode import paged_decode_attention
 from hetu_kernels.attention.decode_ref import paged_decode_attention_reference, visibility
 
 _FULL = (torch.float32,)
