@@ -29,10 +29,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 from lightning_hetu.parallel.batch import batch_samples
 from lightning_hetu.parallel.pipeline_mixin import PipelineMixin, call_model
 from lightning_hetu.parallel.structure import ModelStructure, children_of, children_of_one_class
-from lightning_hetu.parallel.transformers_compat import disable_caches, forget_fake_tensors
+from lightning_hetu.parallel.transformers_compat import disable_caches, forget_fake_tensors, use_batched_experts
 
 _SAMPLES = (2, 3)
 """Batch sizes of the two runs: what grows with them has the batch in dimension 0."""
+_JOINING_SHARE = 0.2
+"""Blocks of another class are cut, too, where they hold at least this share of the parameters of the largest class."""
 _ELSEWHERE = "{} a tensor of shape {} whose batch is not in dimension 0: such a model cannot be cut."
 _aten = torch.ops.aten
 
@@ -178,7 +180,9 @@ def fake_copy(part: nn.Module, device: torch.device | str = "cpu") -> nn.Module:
             memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad)
         else:
             memo[id(tensor)] = empty
-    return copy.deepcopy(part, memo).train()
+    copied = copy.deepcopy(part, memo).train()
+    use_batched_experts(copied)
+    return copied
 
 
 def fake_batch(inputs: Any, samples: int, device: torch.device | str = "cpu") -> Any:
@@ -406,6 +410,7 @@ def _find_blocks(model: nn.Module, run: Callable[[], Any]) -> list[str]:
     """The class whose modules stand in containers and hold the most parameters; all of them, wherever they are.
 
     Blocks that are chains of equal blocks themselves (the stages of a Swin transformer) are opened: more places to cut.
+    Other classes that hold a good part of the parameters join them where all are one chain: an encoder and a decoder.
     """
     groups = children_of_one_class(model)
     if not groups:
@@ -421,15 +426,32 @@ def _find_blocks(model: nn.Module, run: Callable[[], Any]) -> list[str]:
         and len(group.names) > len(chosen.names)
         and all(any(name.startswith(f"{outer}.") for outer in chosen.names) for name in group.names)
     ]
-    for group in sorted(nested, key=lambda group: len(group.names)):
-        if _is_chain(model, group.names, run):
-            return list(group.names)
-    return list(chosen.names)
+    opened = (group for group in sorted(nested, key=lambda g: len(g.names)) if _is_chain(model, group.names, run))
+    chosen = next(opened, chosen)
+    position = {name: index for index, (name, _) in enumerate(model.named_modules())}
+    names = list(chosen.names)
+    for group in sorted(groups, key=lambda group: -group.parameters):
+        if group.parameters < _JOINING_SHARE * chosen.parameters or any(
+            _overlap(a, b) for a in names for b in group.names
+        ):
+            continue
+        together = sorted([*names, *group.names], key=position.__getitem__)
+        if _is_chain(model, together, run, check=True):
+            names = together
+    return names
 
 
-def _is_chain(model: nn.Module, names: Sequence[str], run: Callable[[], Any]) -> bool:
-    """Whether each module of a container is given what the one before it returned."""
-    watch = _Run(model, names)
+def _overlap(one: str, other: str) -> bool:
+    """Whether a module is, or is inside of, another one."""
+    return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
+
+
+def _is_chain(model: nn.Module, names: Sequence[str], run: Callable[[], Any], *, check: bool = False) -> bool:
+    """Whether each module of a container is given what the one before it returned.
+
+    With ``check`` also whether the containers form a chain.
+    """
+    watch = _Run(model, names, check=check)
     try:
         watch(lambda _model, _inputs: run(), None)
     except UncuttableModelError:

@@ -12,6 +12,7 @@ from functools import _lru_cache_wrapper, wraps
 from types import CellType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -24,6 +25,20 @@ def disable_caches(model: nn.Module) -> None:
         config = getattr(module, "config", None)
         if getattr(config, "use_cache", False):
             config.use_cache = False  # type: ignore[union-attr]
+
+
+def use_batched_experts(copied: nn.Module) -> None:
+    """Lets the experts of a copy run on fake tensors: the product they use otherwise has bf16 only there.
+
+    Args:
+        copied: A copy, whose configurations are its own.
+    """
+    if all(parameter.dtype == torch.bfloat16 for parameter in copied.parameters()):
+        return
+    for module in copied.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, "_experts_implementation", None) == "grouped_mm":
+            config._experts_implementation = "batched_mm"  # type: ignore[union-attr]
 
 
 @contextmanager

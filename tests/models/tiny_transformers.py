@@ -28,6 +28,11 @@ def tiny_model(kind: str, **options: Any) -> nn.Module:
         "qwen3": (
             "Qwen3ForCausalLM", "Qwen3Config", {**_TEXT_CONFIG, **grouped, "head_dim": 8, "tie_word_embeddings": True},
         ),
+        "qwen3-moe": (
+            "Qwen3MoeForCausalLM", "Qwen3MoeConfig",
+            {**_TEXT_CONFIG, **grouped, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2,
+             "moe_intermediate_size": 16},
+        ),
         "gpt2": (
             "GPT2LMHeadModel", "GPT2Config",
             {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 5, "n_head": 4, "n_positions": 64, "use_cache": False,
@@ -41,6 +46,13 @@ def tiny_model(kind: str, **options: Any) -> nn.Module:
             "T5ForConditionalGeneration", "T5Config",
             {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 3, "num_heads": 4,
              "decoder_start_token_id": 0, "dropout_rate": 0.0, "use_cache": False},
+        ),
+        "bart": (
+            "BartForConditionalGeneration", "BartConfig",
+            {"vocab_size": VOCABULARY, "d_model": 32, "encoder_layers": 3, "decoder_layers": 3,
+             "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
+             "max_position_embeddings": 64, "dropout": 0.0, "decoder_start_token_id": 0, "pad_token_id": 1,
+             "bos_token_id": 0, "eos_token_id": 2, "forced_eos_token_id": None, "use_cache": False},
         ),
         "vit": (
             "ViTForImageClassification", "ViTConfig",
@@ -72,6 +84,6 @@ def tiny_batch(kind: str, samples: int, seed: int = 0) -> dict[str, torch.Tensor
     tokens = torch.randint(3, VOCABULARY, (samples, TEXT), generator=generator)
     length = torch.randint(TEXT // 2, TEXT + 1, (samples, 1), generator=generator)
     mask = (torch.arange(TEXT) < length).long()
-    labels = tokens if kind != "t5" else torch.randint(3, VOCABULARY, (samples, TEXT // 2), generator=generator)
-    ignored = mask == 0 if kind != "t5" else torch.arange(TEXT // 2) >= length // 2
+    labels = tokens if kind not in ("t5", "bart") else torch.randint(3, VOCABULARY, (samples, TEXT // 2), generator=generator)
+    ignored = mask == 0 if kind not in ("t5", "bart") else torch.arange(TEXT // 2) >= length // 2
     return {"input_ids": tokens, "attention_mask": mask, "labels": labels.masked_fill(ignored, -100)}

@@ -116,7 +116,17 @@ SIX = "dp2 dp2-zero3 dp2 dp2-zero2 dp2-recompute dp2 dp2-zero3 dp2"
 
 
 @pytest.mark.parametrize(
-    "kind", ["llama", pytest.param("gpt2", marks=SLOW), "bert", "t5", pytest.param("vit", marks=SLOW), "swin"]
+    "kind",
+    [
+        "llama",
+        pytest.param("gpt2", marks=SLOW),
+        "bert",
+        "t5",
+        pytest.param("bart", marks=SLOW),
+        pytest.param("qwen3-moe", marks=SLOW),
+        pytest.param("vit", marks=SLOW),
+        "swin",
+    ],
 )
 def test_two_uneven_stages_equal_one_process(ranks: Any, kind: str) -> None:
     """Losses, norms, gradients and weights; every parameter is kept by some stage."""
@@ -265,10 +275,13 @@ def test_models_that_are_no_chain_are_refused(model: nn.Module, said: str) -> No
     ("kind", "blocks", "outside"),
     [
         ("llama", [f"model.layers.{i}" for i in range(5)], ["model.embed_tokens", "model.norm", "lm_head"]),
+        ("qwen3-moe", [f"model.layers.{i}" for i in range(5)], ["model.embed_tokens", "model.norm", "lm_head"]),
         ("gpt2", [f"transformer.h.{i}" for i in range(5)], ["transformer.wte", "transformer.ln_f"]),
         ("bert", [f"bert.encoder.layer.{i}" for i in range(5)], ["bert.embeddings.word_embeddings"]),
         ("vit", [f"vit.layers.{i}" for i in range(5)], ["vit.embeddings", "vit.layernorm", "classifier"]),
         ("t5", [f"{part}.block.{i}" for part in ("encoder", "decoder") for i in range(3)], ["lm_head"]),
+        # blocks of two classes
+        ("bart", [f"model.{part}.layers.{i}" for part in ("encoder", "decoder") for i in range(3)], ["lm_head"]),
         (
             "swin",
             [f"swin.encoder.layers.{i}.blocks.{j}" for i in range(3) for j in range(2)],
