@@ -86,11 +86,10 @@ class GratingImagesDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         least = {"num_classes": 2, "image_size": 2, "channels": 1, "batch_size": 1, "noise": 0, "num_workers": 0}
-        given = dict(locals())
-        for name, low in {**least, "train_images": batch_size, "val_images": batch_size}.items():
-            if not given[name] >= low:
-                raise ValueError(f"{name}={given[name]}: expected at least {low}.")
         self.save_hyperparameters()
+        for name, low in {**least, "train_images": batch_size, "val_images": batch_size}.items():
+            if not self.hparams[name] >= low:
+                raise ValueError(f"{name}={self.hparams[name]}: expected at least {low}.")
         options: dict[str, Any] = {
             "num_classes": num_classes, "image_size": image_size, "channels": channels, "noise": noise,
         }  # fmt: skip

@@ -22,7 +22,7 @@ from lightning_hetu.parallel.forward_trace import ForwardTrace
 from lightning_hetu.parallel.mesh import PlanMesh
 from lightning_hetu.parallel.shard import apply_data_parallel
 from lightning_hetu.parallel.stage import boundary_dp
-from lightning_hetu.parallel.structure import ModelStructure
+from lightning_hetu.parallel.structure import ModelStructure, outermost
 from lightning_hetu.parallel.tensor import apply_tensor_parallel
 from lightning_hetu.parallel.tensor_plan import outside_tensor_parallel_plan
 from lightning_hetu.planning.plan import HybridPlan, PricedSchedule
@@ -152,9 +152,8 @@ def build_forward_stage(root: nn.Module, structure: ModelStructure, plan: Hybrid
                 " pipeline_parallel_size=1, or move the parameter into a module of its own."
             )
         removed.append(name)
-    outermost = [name for name in removed if not any(name.startswith(f"{other}.") for other in removed)]
     device = next(model.parameters()).device
-    taken = RemovedLayers(root, outermost, partial(StandIn, device=device))
+    taken = RemovedLayers(root, outermost(removed), partial(StandIn, device=device))
 
     for index in range(first, last):
         parallelize(root, structure.blocks[index], plan.layers[index], mesh)

@@ -189,30 +189,17 @@ def _used(call: BlockCall, received: Sequence[Tensor]) -> list[Tensor]:
     The schedule sends a gradient back for every tensor. For those that no gradient flows through it is zero.
     """
     flows = [leaf.gradient for index in call.crossing if (leaf := call.leaves[index]) is not None]
-    received = [_ContiguousGradient.apply(tensor) if tensor.requires_grad else tensor for tensor in received]
-    if all(flows) or not any(tensor.requires_grad for tensor in received):
-        return list(received)
-    others = [tensor for tensor, flow in zip(received, flows, strict=True) if not flow]
-    first = flows.index(True)
-    used = [tensor if flow else tensor.detach() for tensor, flow in zip(received, flows, strict=True)]
-    used[first] = _ZeroGradients.apply(used[first], *others)
+    others = [tensor for tensor, flow in zip(received, flows, strict=True) if tensor.requires_grad and not flow]
+    used = []
+    for tensor, flow in zip(received, flows, strict=True):
+        if tensor.requires_grad and flow:
+            tensor, others = _Received.apply(tensor, *others), []
+        used.append(tensor if flow else tensor.detach())
     return used
 
 
-class _ContiguousGradient(torch.autograd.Function):
-    """Gives out its argument; the gradient that goes back to the earlier stage can be sent."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return gradients[0].contiguous()
-
-
-class _ZeroGradients(torch.autograd.Function):
-    """Gives out its first argument; the others get gradients of zero."""
+class _Received(torch.autograd.Function):
+    """Gives out its first argument, whose gradient can be sent back; the others get gradients of zero."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, *others: Tensor) -> Tensor:
@@ -222,7 +209,7 @@ class _ZeroGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
         zeros = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.others]
-        return gradients[0], *zeros
+        return gradients[0].contiguous(), *zeros
 
 
 class _StageSegment(Segment):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -134,6 +134,11 @@ def named_submodule(module: nn.Module, path: str, what: str) -> nn.Module:
         return module.get_submodule(path)
     except AttributeError:
         raise ValueError(f"{what}={path!r}: {type(module).__name__} has no such module.") from None
+
+
+def outermost(names: Collection[str]) -> list[str]:
+    """Those of some names of modules that are inside of no other one."""
+    return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
 
 
 def children_of(module: nn.Module, path: str) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from lightning_hetu.parallel.batch import batch_samples
 from lightning_hetu.parallel.forward_stage import Segment, StageEnd, StandIn
 from lightning_hetu.parallel.pipeline_mixin import call_model
-from lightning_hetu.parallel.structure import ModelStructure
+from lightning_hetu.parallel.structure import ModelStructure, outermost
 from lightning_hetu.parallel.tensor_plan import (
     outside_tensor_parallel_degrees,
     outside_tensor_parallel_plan,
@@ -268,9 +268,8 @@ def _shape(tensor: Tensor) -> Tensor:
 def _in_place(model: nn.Module, places: dict[str, nn.Module]) -> Iterator[None]:
     """Puts other modules into the model for as long as the context lasts."""
     before: list[tuple[nn.Module, str, nn.Module | None]] = []
-    outermost = [name for name in places if not any(name.startswith(f"{other}.") for other in places)]
     try:
-        for name in outermost:
+        for name in outermost(places):
             parent_name, _, child = name.rpartition(".")
             parent = model.get_submodule(parent_name)
             before.append((parent, child, parent._modules[child]))
