@@ -21,8 +21,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from lightning_hetu.parallel.sequence_cut import (
     SEQUENCE,
+    PartDropout,
     SequenceCut,
-    drop_in_part,
     first_activation,
     with_first_activation,
 )
@@ -35,17 +35,15 @@ _NORM_OF_TOKENS = re.compile(r"(Layer|RMS)_?Norm")
 
 @dataclass(frozen=True)
 class SequenceRegions:
-    """Where a sequence-parallel block works on whole sequences, and what it does to parts of them.
+    """Where a sequence-parallel block works on whole sequences, and what has weights outside of that.
 
     Args:
         whole: The modules around the split products, attention and MLP: their input is gathered. Relative names.
         norms: The norms outside of them, whose weights see the tokens of one rank only. Relative names.
-        dropouts: The dropouts outside of them. Relative names.
     """
 
     whole: tuple[str, ...]
     norms: tuple[str, ...]
-    dropouts: tuple[str, ...]
 
 
 def sequence_regions(root: nn.Module, name: str) -> SequenceRegions:
@@ -79,12 +77,10 @@ def sequence_regions(root: nn.Module, name: str) -> SequenceRegions:
         outer = next((other for other in parents if parent.startswith(f"{other}.")), None)
         if outer is not None:
             raise ValueError(f"{name}.{parent} is inside of {outer}: sequence parallelism cannot gather in both.")
-    norms, dropouts = [], []
+    norms = []
     for child, module in block.named_modules():
         # What is behind a row-wise product sees a part of the sequence, what is before it all: here nothing tells.
         inside = any(child == parent or child.startswith(f"{parent}.") for parent in parents)
-        if type(module) is nn.Dropout and not inside:
-            dropouts.append(child)
         own = [key for key, parameter in module._parameters.items() if parameter is not None]
         if not own or child in plan:
             continue
@@ -95,7 +91,7 @@ def sequence_regions(root: nn.Module, name: str) -> SequenceRegions:
                 " gradient under sequence parallelism is not known."
             )
         norms.append(child)
-    return SequenceRegions(tuple(parents), tuple(norms), tuple(dropouts))
+    return SequenceRegions(tuple(parents), tuple(norms))
 
 
 def sequence_parallel_degrees(root: nn.Module, name: str, degrees: Iterable[int]) -> tuple[int, ...]:
@@ -138,14 +134,12 @@ def apply_sequence_parallel(
         _WholeSequence(layer.get_submodule(name), name, shared, keep_part=not recompute)
     for name in regions.norms:
         _PartialNorm(layer.get_submodule(name), mesh)
-    for name in regions.dropouts:
-        dropout = layer.get_submodule(name)
-        dropout.forward = partial(drop_in_part, dropout, cut)  # type: ignore[method-assign]
-    inner = layer.forward
+    inner, dropout = layer.forward, PartDropout(cut)
 
     def forward(*args: Any, sequence_length: int, **kwargs: Any) -> Any:
         cut.length = sequence_length
-        return inner(*args, **kwargs)
+        with dropout:
+            return inner(*args, **kwargs)
 
     layer.forward = forward  # type: ignore[method-assign]
     return cut
@@ -172,7 +166,8 @@ class _GatheringInput(SharedInput):
         self.gathered = None
         if keep_part and self.replicated.requires_grad:
             self.gathered = _GatheredInput(self.cut.distributed(part.detach(), self.cut.length))
-            self.replicated.register_hook(self.gathered.release)
+            # Weakly: who keeps the loss keeps the graph and its hooks, but not what was saved for backward.
+            self.replicated.register_hook(partial(_release, weakref.ref(self.gathered)))
         # Who else uses it computes the same on all ranks.
         whole = self.replicated.to_local(grad_placements=(Replicate(),))
         self.source = weakref.ref(whole)
@@ -215,9 +210,12 @@ class _GatheredInput:
             self._whole = self.part.redistribute(placements=(Replicate(),)).to_local()
         return self._whole
 
-    def release(self, gradient: Tensor) -> None:
-        """Called with the gradient of the input, when all products have used it."""
-        self._whole = None
+
+def _release(gathered: weakref.ref[_GatheredInput], gradient: Tensor) -> None:
+    """Called with the gradient of the input, when all products have used it."""
+    found = gathered()
+    if found is not None:
+        found._whole = None
 
 
 class _WholeSequence:

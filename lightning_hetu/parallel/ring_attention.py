@@ -57,6 +57,9 @@ class _Ring(torch.autograd.Function):
             output, sums, *rest = context_parallel._templated_ring_attention(
                 group, _SEQUENCE, operator, query, key, value, is_causal=is_causal, **options
             )
+        # In memory tokens before heads, as from torch's own attention: models put them next to each other, and what
+        # is kept for backward then is that, and not another copy.
+        output = output.transpose(1, _SEQUENCE).contiguous().transpose(1, _SEQUENCE)
         ctx.group, ctx.is_causal, ctx.scale = group, is_causal, scale
         ctx.save_for_backward(query, key, value, output, sums, *(x for x in rest if isinstance(x, Tensor)))
         ctx.others = [None if isinstance(x, Tensor) else (x,) for x in rest]

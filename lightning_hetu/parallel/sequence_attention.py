@@ -11,37 +11,51 @@ Both together make Ulysses the inner one. Sequences are cut for a ring so that c
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from lightning_hetu.parallel.mesh import Layout
 from lightning_hetu.parallel.ring_attention import ring_attention
 from lightning_hetu.parallel.sequence_cut import (
     SEQUENCE,
+    Arguments,
     SequenceCut,
     drop_in_part,
     first_activation,
     join,
+    like,
     map_first,
 )
+from lightning_hetu.parallel.tokenwise import (
+    HEADS,
+    LEAST_PART,
+    TOKENS,
+    check_tokenwise,
+    cut_all,
+    is_cut,
+    without_attention,
+)
 
-_log = logging.getLogger(__name__)
+_checking = True
 
-_LEAST_PART = 2
-"""Fewest tokens of a rank: of a single one, models may take it that they generate."""
-_TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-8}
-_COARSE_TOLERANCE = 2e-2
-_HEADS, _TOKENS = 1, 2  # dimensions of query, key and value: [samples, heads, tokens, head size]
+
+@contextmanager
+def without_checks() -> Iterator[None]:
+    """No block is looked at as long as the context lasts: its input has shapes only, and no values."""
+    global _checking
+    before, _checking = _checking, False
+    try:
+        yield
+    finally:
+        _checking = before
 
 
 def cut_attention_layer(layer: nn.Module, layout: Layout, name: str) -> Callable[[], None]:
@@ -51,8 +65,8 @@ def cut_attention_layer(layer: nn.Module, layout: Layout, name: str) -> Callable
     (positions and their embeddings); attention masks ``[samples, heads, sequence, sequence]`` are not. Where a sequence
     is too short or does not divide as the ring needs, all ranks work on all of it, which is exact, too.
 
-    In its first forward the block is run once on all of a sequence and once on a part of it, with something in the
-    place of attention that treats every token by itself: both must give the same.
+    Where it meets arguments of a new kind, a block is looked at first, see
+    :func:`~lightning_hetu.parallel.tokenwise.check_tokenwise`.
 
     Args:
         layer: The block. It takes and returns ``[samples, sequence, hidden]`` first, and calls
@@ -66,41 +80,29 @@ def cut_attention_layer(layer: nn.Module, layout: Layout, name: str) -> Callable
     assert layout.sequence is not None and layout.context is not None and layout.ulysses is not None
     cut = SequenceCut(layout.sequence, folds=layout.context.size())
     attention = _SharedAttention(cut, layout, name)
-    for module in layer.modules():
-        if type(module) is nn.Dropout:
-            module.forward = _partial_dropout(module, cut)  # type: ignore[method-assign, assignment]
     innermost = layer.forward
 
     def work(*args: Any, sequence_length: int | None, **kwargs: Any) -> Any:
-        cut.length = sequence_length or 0
         if sequence_length is None:
             return innermost(*args, **kwargs)
-        before = attention.calls
-        try:
-            with attention:
-                output = innermost(*args, **kwargs)
-        finally:
-            cut.length = 0
-        if attention.calls == before:
-            raise ValueError(_without_attention(name))
-        return output
+        with attention.over(sequence_length):
+            return innermost(*args, **kwargs)
 
     layer.forward = work  # type: ignore[method-assign]
 
     def finish() -> None:
         inner = layer.forward
-        checked = False
+        known = _Known(layer, name)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            nonlocal checked
-            length = first_activation((args, kwargs), name).shape[SEQUENCE]
-            parts = cut.lengths(length)
-            if min(parts) < _LEAST_PART or (cut.folds > 1 and length % (2 * cut.ranks)):
+            given = args, kwargs
+            length = first_activation(given, name).shape[SEQUENCE]
+            uneven = min(cut.lengths(length)) < LEAST_PART or (cut.folds > 1 and length % (2 * cut.ranks))
+            if uneven or _has_cache(given):
                 return _work_on_all(inner, cut.ranks, args, kwargs)
-            if not checked:
-                check_tokenwise(lambda a, k: inner(*a, **k, sequence_length=None), (args, kwargs), name)
-                checked = True
-            args, kwargs = _cut_all((args, kwargs), length, cut.part, cut.shared)
+            if _checking:
+                known.check(lambda a, k: inner(*a, **k, sequence_length=None), given, length)
+            args, kwargs = cut_all(given, length, cut.part, cut.shared)
             output = inner(*args, **kwargs, sequence_length=length)
             # What else is returned is the same on all ranks, each of which makes a summand of its gradient.
             output = _scale(output, 1.0 / cut.ranks, first=False)
@@ -111,32 +113,40 @@ def cut_attention_layer(layer: nn.Module, layout: Layout, name: str) -> Callable
     return finish
 
 
-def _without_attention(name: str) -> str:
-    return (
-        f"{name} calls no scaled_dot_product_attention: its tokens cannot see those of other ranks. Plan it without sp"
-        " and cp, or use that function for its attention."
-    )
+class _Known:
+    """What a block has been looked at with: its mode, the arguments that are cut, and the longest sequence."""
+
+    def __init__(self, layer: nn.Module, name: str) -> None:
+        self.layer, self.name = layer, name
+        self.lengths: dict[tuple[Any, ...], int] = {}
+        self.cut: dict[Any, tuple[bool, ...]] = {}
+
+    def check(self, run: Callable[[Any, Any], Any], arguments: Arguments, length: int) -> None:
+        """Looks at the block where it meets something new.
+
+        Raises:
+            ValueError: If it cannot run on a part of the sequence, or an argument has the length of the sequence only
+                now.
+        """
+        leaves, spec = tree_flatten(arguments)
+        cut = tuple(isinstance(leaf, Tensor) and is_cut(leaf, length) for leaf in leaves)
+        kind = str(spec), tuple(leaf.ndim if isinstance(leaf, Tensor) else -1 for leaf in leaves)
+        if self.cut.setdefault(kind, cut) != cut:
+            raise ValueError(
+                f"{self.name} is given an argument that has the length of the sequence, {length}, in some batches and"
+                " not in others: nobody can tell whether it is cut with the tokens. Plan it without sp and cp."
+            )
+        key = self.layer.training, *kind
+        if length <= self.lengths.get(key, 0):
+            return
+        if check_tokenwise(run, arguments, self.name, self.layer):
+            self.lengths[key] = length
 
 
-def _partial_dropout(dropout: nn.Dropout, cut: SequenceCut) -> Callable[[Tensor], Tensor]:
-    whole = dropout.forward
-
-    def forward(values: Tensor) -> Tensor:
-        in_part = cut.length and values.ndim > SEQUENCE
-        return drop_in_part(dropout, cut, values) if in_part else whole(values)
-
-    return forward
-
-
-def _cut_all(arguments: Any, length: int, part: Callable[[Tensor], Tensor], shared: Callable[[Tensor], Tensor]) -> Any:
-    """Applies ``part`` to every tensor that has the length of the sequence in dimension 1, ``shared`` to all others."""
-
-    def convert(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        return part(value) if 2 <= value.ndim <= 3 and value.shape[SEQUENCE] == length else shared(value)
-
-    return tree_map(convert, arguments)
+def _has_cache(arguments: Arguments) -> bool:
+    """Whether an argument collects keys and values from call to call: those of all ranks would be in it by turns."""
+    leaves = tree_leaves(arguments)
+    return any(not isinstance(leaf, Tensor) and callable(getattr(leaf, "update", None)) for leaf in leaves)
 
 
 # ---- all ranks on all of it -----------------------------------------------------------------------------------------
@@ -174,7 +184,7 @@ def _scale(values: Any, factor: float, *, first: bool = True) -> Any:
         return tree_map(convert, values)
     if not isinstance(values, tuple | list):
         return values
-    return type(values)((*values[:1], *tree_map(convert, tuple(values[1:]))))
+    return like(values, (*values[:1], *tree_map(convert, tuple(values[1:]))))
 
 
 # ---- attention ------------------------------------------------------------------------------------------------------
@@ -191,12 +201,59 @@ class _SharedAttention(TorchFunctionMode):
         self.context, self.ulysses = layout.context.get_group(), layout.ulysses.get_group()
         self.context_size, self.ulysses_size = layout.context.size(), layout.ulysses.size()
         self.calls = 0
+        self.outer: tuple[Any, ...] = ()
+
+    @contextmanager
+    def over(self, length: int) -> Iterator[None]:
+        """Sequences have ``length`` tokens as long as the context lasts.
+
+        Raises:
+            ValueError: If there was no attention in it.
+        """
+        before = self.calls
+        self.cut.length, self.outer = length, _recording()
+        try:
+            with self:
+                yield
+        finally:
+            self.cut.length = 0
+        if self.calls == before:
+            raise ValueError(without_attention(self.name))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             self.calls += 1
-            return self.attend(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+            self._check_recording()
+            return self.attend(*args, **kwargs)
+        if func is F.dropout:
+            return self._drop(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _check_recording(self) -> None:
+        if _recording() != self.outer:
+            raise ValueError(
+                f"{self.name} recomputes a part of itself in backward, where the other ranks are out of reach. Leave"
+                " that to the plan, with -recompute, or plan it without sp and cp."
+            )
+
+    def _drop(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        if not training or p == 0.0:
+            return input
+        self._check_recording()
+        tokens = self._tokens()
+        if input.ndim > SEQUENCE and input.shape[SEQUENCE] == tokens:
+            return drop_in_part(input, p, self.cut)
+        if input.ndim > SEQUENCE and input.shape[SEQUENCE] > 1:
+            raise ValueError(
+                f"{self.name} drops out of a tensor of shape {list(input.shape)} where a rank has {tokens} tokens: only"
+                " [samples, tokens, ...] can be shared out. Plan it without sp and cp."
+            )
+        return F.dropout(input, p, training, inplace)
+
+    def _tokens(self) -> int:
+        """Tokens of this rank."""
+        return self.cut.lengths(self.cut.length)[self.cut.mesh.get_local_rank()]
 
     def attend(
         self,
@@ -214,13 +271,17 @@ class _SharedAttention(TorchFunctionMode):
         Raises:
             ValueError: If this attention cannot be shared out.
         """
-        self._check(query, key, attn_mask, dropout_p)
-        heads = query.shape[_HEADS]
-        if key.shape[_HEADS] != heads and (self.context_size > 1 or key.shape[_HEADS] % self.ulysses_size):
-            key, value = (x.repeat_interleave(heads // x.shape[_HEADS], _HEADS) for x in (key, value))
+        device = query.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            query, key, value = (x.to(dtype) if x.dtype == torch.float32 else x for x in (query, key, value))
+        self._check(query, key, value, attn_mask, dropout_p)
+        heads = query.shape[HEADS]
+        if key.shape[HEADS] != heads and (self.context_size > 1 or key.shape[HEADS] % self.ulysses_size):
+            key, value = (x.repeat_interleave(heads // x.shape[HEADS], HEADS) for x in (key, value))
             enable_gqa = False
         if self.ulysses_size > 1:
-            query, key, value = self._to_heads(query, key, value)
+            query, key, value = (self._to_heads(x) for x in (query, key, value))
             attn_mask = self._heads_of(attn_mask, heads)
         if self.context_size > 1:
             mixed = ring_attention(query, key, value, self.context, is_causal=is_causal, scale=scale)
@@ -230,16 +291,23 @@ class _SharedAttention(TorchFunctionMode):
             )
         return self._to_tokens(mixed) if self.ulysses_size > 1 else mixed
 
-    def _check(self, query: Tensor, key: Tensor, mask: Tensor | None, dropout_p: float) -> None:
-        tokens = self.cut.lengths(self.cut.length)[self.cut.mesh.get_local_rank()]
-        if query.ndim != 4 or query.shape[_TOKENS] != tokens or key.shape[_TOKENS] != tokens:
+    def _check(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float) -> None:
+        tokens = self._tokens()
+        if query.ndim != 4 or any(
+            x.shape[TOKENS] != tokens or x.shape[0] != query.shape[0] for x in (query, key, value)
+        ):
             raise ValueError(
                 f"{self.name} attends from {list(query.shape)} to {list(key.shape)} where a rank has {tokens} tokens:"
                 " only self-attention over the whole sequence can be shared out. Plan it without sp and cp."
             )
-        if query.shape[_HEADS] % self.ulysses_size:
+        if self.context_size > 1 and query.shape[-1] != value.shape[-1]:
             raise ValueError(
-                f"{self.name} has {query.shape[_HEADS]} heads, which sp={self.ulysses_size} ranks cannot share out: use"
+                f"{self.name} has values of size {value.shape[-1]} and queries of size {query.shape[-1]}: ring"
+                " attention takes one size. Use sp in the place of cp."
+            )
+        if query.shape[HEADS] % self.ulysses_size:
+            raise ValueError(
+                f"{self.name} has {query.shape[HEADS]} heads, which sp={self.ulysses_size} ranks cannot share out: use"
                 " a degree that divides them."
             )
         if self.context_size > 1 and mask is not None:
@@ -261,36 +329,28 @@ class _SharedAttention(TorchFunctionMode):
         first = self.cut.mesh.get_local_rank() // self.ulysses_size * self.ulysses_size
         return lengths[first : first + self.ulysses_size]
 
-    def _to_heads(self, *tensors: Tensor) -> Iterator[Tensor]:
-        """From all heads of some tokens to some heads of all tokens, in one exchange."""
-        ranks = self.ulysses_size
-        # one row for every rank: its heads of all tensors
-        rows = [tensor.transpose(0, _HEADS).reshape(ranks, -1) for tensor in tensors]
-        sent = torch.cat(rows, 1)
-        shapes = [(x.shape[_HEADS] // ranks, x.shape[0], x.shape[-1]) for x in tensors]
-        lengths = self._lengths()
-        sizes = [[heads * samples * length * size for heads, samples, size in shapes] for length in lengths]
+    def _to_heads(self, tensor: Tensor) -> Tensor:
+        """From all heads of this rank's tokens to some heads of all tokens."""
+        ranks, lengths = self.ulysses_size, self._lengths()
+        samples, _, mine, size = tensor.shape
+        # Tokens first: what comes from the ranks then is the sequence, without another copy.
+        sent = tensor.unflatten(HEADS, (ranks, -1)).permute(1, 3, 0, 2, 4)
+        row = sent[0, :1].numel()
         got = all_to_all_single_autograd(
-            sent.flatten(), [sum(row) for row in sizes], [sent.shape[1]] * ranks, self.ulysses
+            sent.reshape(-1), [length * row for length in lengths], [mine * row] * ranks, self.ulysses
         )
-        pieces = got.split([size for row in sizes for size in row])
-        for index, (heads, samples, size) in enumerate(shapes):
-            parts = [
-                pieces[rank * len(shapes) + index].view(heads, samples, length, size)
-                for rank, length in enumerate(lengths)
-            ]
-            yield torch.cat(parts, _TOKENS).transpose(0, _HEADS)
+        return got.view(sum(lengths), samples, -1, size).permute(1, 2, 0, 3)
 
     def _to_tokens(self, tensor: Tensor) -> Tensor:
-        """The reverse, of one tensor."""
+        """The reverse."""
         ranks, lengths = self.ulysses_size, self._lengths()
         samples, heads, _, size = tensor.shape
-        parts = [part.reshape(-1) for part in tensor.transpose(0, _HEADS).split(lengths, _TOKENS)]
-        mine = lengths[torch.distributed.get_rank(self.ulysses)]
-        got = all_to_all_single_autograd(
-            torch.cat(parts), [heads * samples * mine * size] * ranks, [part.numel() for part in parts], self.ulysses
-        )
-        return got.view(ranks * heads, samples, mine, size).transpose(0, _HEADS)
+        row, mine = samples * heads * size, lengths[torch.distributed.get_rank(self.ulysses)]
+        sent = tensor.permute(2, 0, 1, 3).reshape(-1)
+        got = all_to_all_single_autograd(sent, [mine * row] * ranks, [length * row for length in lengths], self.ulysses)
+        # In memory tokens come before heads, as from torch's own attention: models put them next to each other.
+        parts = got.view(ranks, mine, samples, heads, size).permute(2, 1, 0, 3, 4)
+        return parts.reshape(samples, mine, ranks * heads, size).transpose(HEADS, TOKENS)
 
     def _heads_of(self, mask: Tensor | None, heads: int) -> Tensor | None:
         """The mask of this rank's heads."""
@@ -299,156 +359,7 @@ class _SharedAttention(TorchFunctionMode):
         return mask.chunk(self.ulysses_size, -3)[torch.distributed.get_rank(self.ulysses)]
 
 
-# ---- the check ------------------------------------------------------------------------------------------------------
-
-
-class AttentionCall(NamedTuple):
-    """What a block asked of attention.
-
-    Args:
-        heads: Heads of the query.
-        mask: Shape of the mask it gave, if it gave one.
-        is_causal: Whether a token sees itself and those before it only.
-        scale: Factor of the products; ``None`` for that of the head size.
-        dropout_p: Share of the weights that are dropped.
-    """
-
-    heads: int
-    mask: torch.Size | None
-    is_causal: bool
-    scale: float | None
-    dropout_p: float
-
-
-class _TokenwiseAttention(TorchFunctionMode):
-    """Puts something in the place of attention that treats every token by itself, and drops nothing out.
-
-    ``seen`` has what tells one attention from another.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[AttentionCall] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.dropout:
-            return args[0] if args else kwargs["input"]
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        return self._mix(*args, **kwargs)
-
-    def _mix(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        mask = None if attn_mask is None else attn_mask.shape
-        self.seen.append(AttentionCall(query.shape[_HEADS], mask, is_causal, scale, dropout_p))
-        if query.shape[_TOKENS] != key.shape[_TOKENS]:
-            raise _NotTokenwise
-        group = query.shape[_HEADS] // key.shape[_HEADS]
-        key, value = (x.repeat_interleave(group, _HEADS) if group > 1 else x for x in (key, value))
-        return (query * key).sum(-1, keepdim=True) * query.shape[-1] ** -0.5 * value
-
-
-class _NotTokenwise(Exception):
-    pass
-
-
-def attention_degrees(
-    run: Callable[[Any, Any], Any], arguments: Any, name: str, limit: int
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Degrees, powers of two from 2 to ``limit``, of Ulysses and of context parallelism that a block can run with.
-
-    Args:
-        run: Runs the block, given positional and keyword arguments.
-        arguments: Both, for whole sequences. Of fake tensors only the shapes are compared; whether the values are
-            right is then seen when training begins.
-        name: Name of the block.
-        limit: Largest degree of interest.
-    """
-    try:
-        seen = check_tokenwise(run, arguments, name)
-    except ValueError as error:
-        _log.debug("no sp and cp: %s", error)
-        return (), ()
-    length = first_activation(arguments, name).shape[SEQUENCE]
-    degrees = [2**power for power in range(1, limit.bit_length()) if 2**power <= limit]
-    ulysses = [n for n in degrees if length >= _LEAST_PART * n and all(one.heads % n == 0 for one in seen)]
-    ring = all(one.mask is None and not one.dropout_p for one in seen)
-    context = [n for n in degrees if ring and length % (2 * n) == 0]
-    return tuple(ulysses), tuple(context)
-
-
-def check_tokenwise(run: Callable[[Any, Any], Any], arguments: Any, name: str) -> list[AttentionCall]:
-    """Makes sure that a block, but for its attention, treats every token by itself, given the arguments of that token.
-
-    Args:
-        run: Runs the block, given positional and keyword arguments.
-        arguments: Both, for whole sequences.
-        name: Its name, for error messages.
-
-    Returns:
-        Its attention.
-
-    Raises:
-        ValueError: If it does not.
-    """
-    tokens = first_activation(arguments, name)
-    length = tokens.shape[SEQUENCE]
-    start = length // 2
-    mixing = f"{name} does not treat every token by itself outside of attention: plan it without sp and cp."
-    if length - start < _LEAST_PART:
-        raise ValueError(f"{name} is given {length} tokens, too few to be shared out: plan it without sp and cp.")
-    whole, part = _TokenwiseAttention(), _TokenwiseAttention()
-    with torch.no_grad(), _drawing_nothing():
-        try:
-            with whole:
-                expected = run(*arguments)
-            if not whole.seen:
-                raise ValueError(_without_attention(name))
-            with part:
-                found = run(*_cut_all(arguments, length, lambda tensor: tensor[:, start:], lambda tensor: tensor))
-        except _NotTokenwise:
-            message = f"{name} attends to other tokens than its own: plan it without sp and cp."
-            raise ValueError(message) from None
-        except (RuntimeError, IndexError) as error:
-            first = (str(error).splitlines() or [type(error).__name__])[0]
-            message = f"{name} cannot run on a part of the sequence ({first}): plan it without sp and cp."
-            raise ValueError(message) from None
-    leaves = [tree_leaves(x) for x in (expected, found)]
-    first_of = [x[0] for x in leaves if x and isinstance(x[0], Tensor) and x[0].ndim >= 2]
-    if len(first_of) < 2 or len(leaves[0]) != len(leaves[1]) or whole.seen != part.seen:
-        raise ValueError(mixing)
-    wanted, got = first_of[0][:, start:], first_of[1]
-    # other outputs are to be the same for all tokens
-    others = [pair for pair in zip(leaves[0][1:], leaves[1][1:], strict=True) if isinstance(pair[0], Tensor)]
-    fake = isinstance(tokens, FakeTensor)
-    if not all(a.shape == b.shape and (fake or _close(a, b)) for a, b in ((wanted, got), *others)):
-        raise ValueError(mixing)
-    return whole.seen
-
-
-def _close(wanted: Tensor, got: Tensor) -> bool:
-    """Whether tensors are equal up to the rounding of other shapes, measured against their largest value."""
-    wanted, got = wanted.detach(), got.detach()
-    tolerance = _TOLERANCES.get(wanted.dtype, _COARSE_TOLERANCE)
-    if torch.is_autocast_enabled(wanted.device.type):
-        tolerance = _COARSE_TOLERANCE
-    largest = float(wanted.abs().max()) if wanted.numel() else 0.0
-    return largest == 0.0 or float((wanted - got).abs().max()) <= tolerance * largest
-
-
-@contextmanager
-def _drawing_nothing() -> Iterator[None]:
-    """Puts random states back."""
-    devices: Iterable[int] = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=list(devices)):
-        yield
+def _recording() -> tuple[Any, ...]:
+    """Whether gradients are recorded, and who keeps what is saved for them: both are others inside of checkpoint."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return torch.is_grad_enabled(), *(hooks or ())

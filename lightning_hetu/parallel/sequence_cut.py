@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 SEQUENCE = 1  # activations are [samples, sequence, hidden]
 
@@ -105,14 +107,34 @@ def cut_activation(layer: nn.Module, cut: SequenceCut, name: str) -> None:
     layer.forward = forward  # type: ignore[method-assign]
 
 
-def drop_in_part(dropout: nn.Module, cut: SequenceCut, part: Tensor) -> Tensor:
+class PartDropout(TorchFunctionMode):
+    """Makes dropout of a part of the sequence that of the whole, see :func:`drop_in_part`."""
+
+    def __init__(self, cut: SequenceCut) -> None:
+        super().__init__()
+        self.cut = cut
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self._drop(*args, **(kwargs or {})) if func is F.dropout else func(*args, **(kwargs or {}))
+
+    def _drop(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        mine = self.cut.lengths(self.cut.length)[self.cut.mesh.get_local_rank()]
+        if training and p > 0.0 and input.ndim > SEQUENCE and input.shape[SEQUENCE] == mine != self.cut.length:
+            return drop_in_part(input, p, self.cut)
+        return F.dropout(input, p, training, inplace)
+
+
+def drop_in_part(part: Tensor, probability: float, cut: SequenceCut) -> Tensor:
     """Dropout of a part of the sequence, with this part of the mask that one process would draw for the whole.
 
-    All ranks of the cut have one random state: each would otherwise drop the same places of its part.
+    All ranks of the cut have one random state: each would otherwise drop the same places of its part, and with parts of
+    different lengths the states would come apart.
+
+    Args:
+        part: ``[samples, tokens of this rank, ...]``.
+        probability: Of an element to be dropped.
+        cut: How the sequence is shared out.
     """
-    probability = float(dropout.p)  # type: ignore[arg-type]
-    if not dropout.training or probability == 0.0:
-        return part
     shape = (part.shape[0], cut.length, *part.shape[SEQUENCE + 1 :])
     mask = cut.part(torch.empty(shape, dtype=part.dtype, device=part.device).bernoulli_(1 - probability))
     # a mask of zeros only where everything is dropped
@@ -170,5 +192,10 @@ def with_first_activation(arguments: Arguments, tensor: Tensor) -> Arguments:
 def map_first(output: Any, change: Callable[[Any], Any]) -> Any:
     """Changes what a layer returned, the first of it where it is several."""
     if isinstance(output, tuple | list) and output:
-        return type(output)((change(output[0]), *output[1:]))
+        return like(output, (change(output[0]), *output[1:]))
     return change(output)
+
+
+def like(output: tuple[Any, ...] | list[Any], values: tuple[Any, ...]) -> Any:
+    """Values as a tuple, named tuple or list, as ``output`` is."""
+    return type(output)(*values) if hasattr(output, "_fields") else type(output)(values)

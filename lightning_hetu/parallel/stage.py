@@ -19,6 +19,7 @@ from torch.distributed.pipelining._backward import stage_backward, stage_backwar
 from lightning_hetu.parallel.mesh import PlanMesh
 from lightning_hetu.parallel.recompute import is_recomputed
 from lightning_hetu.parallel.relayout import relayout
+from lightning_hetu.parallel.sequence_attention import without_checks
 from lightning_hetu.parallel.shard import fsdp_modules, prepare_backward
 from lightning_hetu.planning.plan import HybridPlan
 
@@ -116,6 +117,10 @@ class HybridPipelineStage(PipelineStage):
 
     split_checked = False
     """Whether a split backward has been found to reach all weights."""
+
+    def _prepare_forward_infra(self, *args: Any, **kwargs: Any) -> Any:
+        with without_checks():  # it runs the stage on memory that nobody has written to
+            return super()._prepare_forward_infra(*args, **kwargs)
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         """Forward of one microbatch."""

@@ -1,17 +1,18 @@
 """The best plans of restricted spaces, and why the chosen plan is better.
 
 These are the baselines of Galvatron's evaluation (arXiv 2211.13878, section 5): each of the pure kinds of parallelism,
-and one hybrid for all layers.
+and one hybrid for all layers. To these come the best plans of the other pipeline schedules that were tried.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from lightning_hetu.planning.cost_model import CostModel, Setting, predict
 from lightning_hetu.planning.layer_strategy import LayerStrategy
 from lightning_hetu.planning.plan import HybridPlan, PlanPrediction, RejectedPlan
+from lightning_hetu.planning.schedule_search import WORTHWHILE_GAIN, PricedPlan
 from lightning_hetu.planning.search_space import Pins
 from lightning_hetu.planning.units import format_bytes, format_seconds
 
@@ -79,15 +80,29 @@ def _spaces() -> list[tuple[str, _Test]]:
     ]
 
 
-def rejected_alternatives(model: CostModel, plan: HybridPlan, budget: int, pins: Pins) -> tuple[RejectedPlan, ...]:
+def rejected_alternatives(
+    model: CostModel, plan: HybridPlan, budget: int, pins: Pins, schedules: Sequence[PricedPlan] = ()
+) -> tuple[RejectedPlan, ...]:
     """The best plan of each restricted space at the same batch size, feasible ones first, fastest first.
 
-    Spaces whose best plan is the chosen plan itself, or that have no plan, are left out.
+    Spaces whose best plan is the chosen plan itself, or that have no plan, are left out; all of them are where a
+    schedule is pinned that their plans do not have.
+
+    Args:
+        model: The cost model.
+        plan: The chosen plan, with its prediction.
+        budget: Bytes per device.
+        pins: Fields that are given.
+        schedules: The best plan of every other schedule that was tried.
     """
     assert plan.prediction is not None  # The caller has just predicted it.
     chosen = plan.prediction.iteration_time
-    priced = [(p, predict(model, p, memory_budget=budget)) for p in uniform_plans(model, plan.global_batch_size, pins)]
-    rejected = []
+    uniform = () if pins.simulated else uniform_plans(model, plan.global_batch_size, pins)
+    priced = [(p, predict(model, p, memory_budget=budget)) for p in uniform]
+    rejected = [
+        _rejected(item.plan.schedule, item.plan, item.prediction, chosen, budget, fits=item.peak <= budget)
+        for item in schedules
+    ]
     seen: set[HybridPlan] = set()
     same = replace(plan, prediction=None, rejected=())
     for name, test in _spaces():
@@ -119,14 +134,19 @@ def _rejected(
     if slower > _TIE:
         percent = f"{slower:.1%}" if slower >= 0.0005 else "less than 0.1%"
         reason = f"slower by {percent} ({format_seconds(prediction.iteration_time)})"
+    elif slower < -_TIE:
+        hint = f"under {WORTHWHILE_GAIN:.0%}" if -slower < WORTHWHILE_GAIN else "pin schedule='any' to have it"
+        reason = f"faster by {-slower:.1%} ({format_seconds(prediction.iteration_time)}), {hint}"
     else:
         reason = "equally fast, more microbatches, stages or memory"
     return RejectedPlan(description, reason, prediction.iteration_time, memory)
 
 
 def short_description(plan: HybridPlan) -> str:
-    """A plan in a few words: ``pp2, dp2-tp2-zero3, 4 microbatches``."""
+    """A plan in a few words: ``pp2, dp2-tp2-zero3, 4 microbatches``, with its stages per rank if they are several."""
     blocks = ", ".join(dict.fromkeys(str(layer) for layer in plan.layers))
     pieces = [f"pp{plan.pipeline_parallel_size}"] if plan.pipeline_parallel_size > 1 else []
+    if plan.virtual_stages > 1:
+        pieces.append(f"{plan.virtual_stages} stages per rank")
     count = plan.num_microbatches
     return ", ".join([*pieces, blocks, f"{count} microbatch{'es' if count > 1 else ''}"])

@@ -13,17 +13,18 @@ hold their activations and the rows behind it have already released theirs.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lightning_hetu.planning.pipeline import PipelineForm, StageTimes
-from lightning_hetu.planning.plan import HybridPlan, PlanPrediction, PricedSchedule
+from lightning_hetu.planning.plan import HybridPlan, PlanPrediction, Schedule
+from lightning_hetu.planning.schedules import most_in_flight
 
 if TYPE_CHECKING:
     from lightning_hetu.planning.layer_strategy import LayerStrategy
@@ -42,38 +43,52 @@ def byte_vector(**sizes: float) -> Bytes:
 
 @dataclass(frozen=True)
 class Setting:
-    """The part of a plan that is the same for all its rows."""
+    """The part of a plan that is the same for all its rows.
+
+    Args:
+        world_size: Devices in total.
+        global_batch_size: Samples per step over all devices.
+        num_microbatches: Microbatches per step.
+        stages: Blocks of each stage.
+        schedule: Pipeline schedule.
+        virtual_stages: Stages per rank of the pipeline.
+        held: Microbatches whose activations each stage holds, where these are not the most of a step.
+    """
 
     world_size: int
     global_batch_size: int
     num_microbatches: int
     stages: tuple[int, ...]
-    schedule: PricedSchedule = "1f1b"
+    schedule: Schedule = "1f1b"
+    virtual_stages: int = 1
+    held: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, plan: HybridPlan) -> Setting:
-        """The setting of a plan.
-
-        Raises:
-            ValueError: If its schedule is none of those that are priced.
-        """
-        schedule = plan.schedule
-        if schedule == "interleaved_1f1b" or schedule == "zero_bubble":
-            raise ValueError(
-                f"plan.schedule={schedule!r} is not available in predictions: expected one of"
-                f" {', '.join(get_args(PricedSchedule))}."
-            )
-        return cls(plan.world_size, plan.global_batch_size, plan.num_microbatches, plan.stages, schedule)
+        """The setting of a plan."""
+        return cls(
+            plan.world_size,
+            plan.global_batch_size,
+            plan.num_microbatches,
+            plan.stages,
+            plan.schedule,
+            plan.virtual_stages,
+        )
 
     @property
     def num_stages(self) -> int:
-        """Pipeline-parallel degree P."""
+        """Stages of all ranks."""
         return len(self.stages)
+
+    @property
+    def num_ranks(self) -> int:
+        """Pipeline-parallel degree P: ranks of the pipeline, each of one or several stages."""
+        return max(len(self.stages) // self.virtual_stages, 1)
 
     @property
     def devices_per_stage(self) -> int:
         """Devices of one stage."""
-        return self.world_size // len(self.stages)
+        return self.world_size // self.num_ranks
 
     @property
     def microbatch_size(self) -> int:
@@ -81,9 +96,17 @@ class Setting:
         return self.global_batch_size // self.num_microbatches
 
     def in_flight(self, stage: int) -> int:
-        """Microbatches whose activations a stage holds at once: all under gpipe, ``min(P - stage, m)`` under 1f1b."""
+        """Microbatches whose activations a stage holds at once.
+
+        All under ``gpipe``, ``min(P - stage, m)`` under ``1f1b``, and the most in the stage's actions under the others;
+        there the stages of a rank do not all hold the most at the same time.
+        """
         if self.num_stages == 1:
             return 1
+        if self.held:
+            return self.held[stage]
+        if self.schedule == "interleaved_1f1b" or self.schedule == "zero_bubble":
+            return most_in_flight(self.schedule, self.num_ranks, self.num_microbatches, self.virtual_stages)[stage]
         if self.schedule == "gpipe":
             return self.num_microbatches
         return min(self.num_stages - stage, self.num_microbatches)
@@ -265,7 +288,7 @@ class StageReport:
         costs: Price of each.
         relayouts: Seconds per microbatch to relayout the input of each.
         times: Seconds of all of them.
-        peak: Bytes per device by category in the fullest phase.
+        peak: Bytes per device by category in the fullest phase, of all stages of a device that has several.
         phase: Name of that phase.
     """
 
@@ -287,40 +310,32 @@ class StageReport:
         return self.times.sync
 
 
-def _while_running(costs: Sequence[RowCost], index: int, running: Bytes) -> Bytes:
-    """Bytes while row ``index`` runs: rows in front of it hold, rows behind it have released."""
-    total = running.copy()
-    for position, cost in enumerate(costs):
-        if position != index:
-            total += cost.memory.held if position < index else cost.memory.released
-    return total
-
-
-def forward_phase(costs: Sequence[RowCost], index: int) -> Bytes:
-    """Bytes while the forward of row ``index`` runs.
-
-    Rows behind it count as after a backward. That is what they are in every microbatch but the first, and in the first
-    they are smaller.
-    """
-    return _while_running(costs, index, costs[index].memory.forward)
-
-
-def backward_phase(costs: Sequence[RowCost], index: int) -> Bytes:
-    """Bytes while the backward of row ``index`` runs."""
-    return _while_running(costs, index, costs[index].memory.backward)
-
-
 def optimizer_phase(costs: Sequence[RowCost]) -> Bytes:
     """Bytes while the optimizer steps."""
     total: Bytes = np.sum([cost.memory.step for cost in costs], axis=0, dtype=np.int64)
     return total
 
 
+def peak_of_phases(costs: Sequence[RowCost]) -> tuple[Bytes, str]:
+    """Bytes and name of the fullest phase of a stage in forward and backward; the first one in case of a tie.
+
+    While a row runs, rows in front of it hold, and rows behind it count as after a backward. That is what they are in
+    every microbatch but the first, and in the first they are smaller.
+    """
+    held, released, forward, backward = (
+        np.array([getattr(cost.memory, name) for cost in costs], dtype=np.int64)
+        for name in ("held", "released", "forward", "backward")
+    )
+    others = held.cumsum(axis=0) - held + released.sum(axis=0) - released.cumsum(axis=0)
+    phases: Bytes = np.concatenate([others + forward, (others + backward)[::-1]])
+    index, count = int(phases.sum(axis=1).argmax()), len(costs)
+    name = f"forward of row {index}" if index < count else f"backward of row {2 * count - 1 - index}"
+    return phases[index], name
+
+
 def peak_phase(costs: Sequence[RowCost]) -> tuple[Bytes, str]:
     """Bytes and name of the fullest phase of a stage; the first one in case of a tie."""
-    phases = [(forward_phase(costs, i), f"forward of row {i}") for i in range(len(costs))]
-    phases += [(backward_phase(costs, i), f"backward of row {i}") for i in reversed(range(len(costs)))]
-    phases.append((optimizer_phase(costs), "optimizer step"))
+    phases = [peak_of_phases(costs), (optimizer_phase(costs), "optimizer step")]
     return max(phases, key=lambda item: int(item[0].sum()))
 
 
@@ -331,37 +346,74 @@ def stage_report(model: CostModel, plan: HybridPlan, stage: int) -> StageReport:
         ValueError: If there is no such stage, or the plan is not of the model and cluster that were profiled.
     """
     _check_fits(model, plan)
-    if not 0 <= stage < plan.pipeline_parallel_size:
-        raise ValueError(f"stage={stage}: expected 0 to {plan.pipeline_parallel_size - 1}.")
+    if not 0 <= stage < len(plan.stages):
+        raise ValueError(f"stage={stage}: expected 0 to {len(plan.stages) - 1}.")
+    return next(_stage_reports(model, plan, (stage,)))
+
+
+def _stage_reports(
+    model: CostModel, plan: HybridPlan, stages: Iterable[int], *, memory: bool = True
+) -> Iterator[StageReport]:
+    # Imported here: the prices of these schedules are made from those of a cost model, so their module imports this.
+    from lightning_hetu.planning import schedule_cost
+
     setting = Setting.of(plan)
-    rows = setting.rows(stage)
+    model = schedule_cost.for_schedule(model, setting.schedule)
     strategies = [strategy for _, strategy in plan.rows()]
-    costs = tuple(model.row_cost(row, stage, strategies[row], setting) for row in rows)
-    relayouts = [(0.0, 0.0)]
-    relayouts += [model.relayout_times(row, strategies[row - 1], strategies[row], setting) for row in rows[1:]]
-    moves = [StageTimes(*pair) for pair in relayouts]
-    peak, phase = peak_phase(costs)
-    return StageReport(
-        rows=rows,
-        costs=costs,
-        relayouts=tuple(map(sum, relayouts)),
-        times=StageTimes(*np.sum([*(cost.times for cost in costs), *moves], axis=0).tolist()),
-        peak=peak + model.stage_base(stage, setting, strategies),
-        phase=phase,
-    )
+    peaks: dict[int, tuple[Bytes, str]] = {}
+    for stage in stages:
+        rows = setting.rows(stage)
+        costs = tuple(_row_costs(model, rows, stage, strategies, setting))
+        relayouts = [(0.0, 0.0)]
+        relayouts += [model.relayout_times(row, strategies[row - 1], strategies[row], setting) for row in rows[1:]]
+        moves = [StageTimes(*pair) for pair in relayouts]
+        if not memory:
+            peak, phase = byte_vector(), ""
+        elif isinstance(model, schedule_cost.ScheduleCostModel) and schedule_cost.is_simulated(setting.schedule):
+            rank = stage % setting.num_ranks
+            if rank not in peaks:
+                peaks[rank] = schedule_cost.rank_peak(model, setting, strategies, rank)
+            peak, phase = peaks[rank]
+        else:
+            peak, phase = peak_phase(costs)
+            peak = peak + model.stage_base(stage, setting, strategies)
+        yield StageReport(
+            rows=rows,
+            costs=costs,
+            relayouts=tuple(map(sum, relayouts)),
+            times=StageTimes(*np.sum([*(cost.times for cost in costs), *moves], axis=0).tolist()),
+            peak=peak,
+            phase=phase,
+        )
+
+
+def _row_costs(
+    model: CostModel, rows: range, stage: int, strategies: Sequence[LayerStrategy], setting: Setting
+) -> Iterator[RowCost]:
+    """Prices of the rows of a stage; equal ones between its first and its last row are priced once."""
+    known: dict[Hashable, RowCost] = {}
+    for row in rows:
+        key = None if row in (rows[0], rows[-1]) else (model.row_kind(row), strategies[row])
+        cost = known.get(key) if key is not None else None
+        if cost is None:
+            cost = model.row_cost(row, stage, strategies[row], setting)
+            if key is not None:
+                known[key] = cost
+        yield cost
 
 
 def predict(model: CostModel, plan: HybridPlan, *, memory_budget: int | None = None) -> PlanPrediction:
     """What a cost model expects of a plan.
 
     Raises:
-        ValueError: If the plan is not of the model and cluster that were profiled.
+        ValueError: If the plan is not of the model and cluster that were profiled, or the cost model has no prices for
+            its schedule.
     """
-    reports = [stage_report(model, plan, stage) for stage in range(plan.pipeline_parallel_size)]
-    setting = Setting.of(plan)
+    _check_fits(model, plan)
+    reports = list(_stage_reports(model, plan, range(len(plan.stages))))
     reserve = 0 if memory_budget is None else model.reserve(memory_budget)
     return PlanPrediction(
-        iteration_time=model.step_time([report.times for report in reports], setting),
+        iteration_time=_step_time(model, plan, reports),
         stage_times=tuple(report.seconds for report in reports),
         stage_memory=tuple(int(report.peak.sum()) + reserve for report in reports),
         memory_budget=memory_budget,
@@ -373,6 +425,21 @@ def predict(model: CostModel, plan: HybridPlan, *, memory_budget: int | None = N
         layer_memory=tuple(int(cost.memory.held.sum()) for report in reports for cost in report.costs),
         cost_model=model.name,
     )
+
+
+def step_seconds(model: CostModel, plan: HybridPlan) -> float:
+    """The time of :func:`predict`, for plans of the model and cluster that were profiled."""
+    return _step_time(model, plan, list(_stage_reports(model, plan, range(len(plan.stages)), memory=False)))
+
+
+def _step_time(model: CostModel, plan: HybridPlan, reports: Sequence[StageReport]) -> float:
+    """Seconds of one step: by the closed form, or played where there is none."""
+    from lightning_hetu.planning import schedule_cost  # as above
+
+    setting, times = Setting.of(plan), [report.times for report in reports]
+    if not schedule_cost.is_simulated(setting.schedule):
+        return model.step_time(times, setting)
+    return schedule_cost.played_step_time(setting, times, schedule_cost.weight_seconds(model, plan, reports))
 
 
 def _check_fits(model: CostModel, plan: HybridPlan) -> None:

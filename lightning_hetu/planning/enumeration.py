@@ -14,9 +14,11 @@ Three sets are offered:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from itertools import permutations
+from math import prod
 
 from lightning_hetu.planning.layer_strategy import DataParallelType, LayerStrategy
 
@@ -149,10 +151,17 @@ def layer_strategies(
     dp_types: Iterable[DataParallelType] = ("ddp", "zero2", "zero3"),
     recompute: Iterable[bool] = (False, True),
     sequence_degrees: Iterable[int] = (),
+    ulysses_degrees: Iterable[int] = (),
+    context_degrees: Iterable[int] = (),
 ) -> list[LayerStrategy]:
-    """The strategies our executor runs in a stage of ``devices``: tensor parallelism innermost, no sp, no cp.
+    """The strategies our executor looks at in a stage of ``devices``: tensor or Ulysses parallelism innermost.
 
-    Where data parallelism has degree 1 its types coincide; such a strategy appears once, as ``ddp``.
+    Where weights have one copy only, the types of data parallelism coincide; such a strategy appears once, as ``ddp``.
+
+    A sequence is cut ``n`` ways by Ulysses alone where that is offered, and by context parallelism alone where that is.
+    Where Ulysses alone cannot, the two are combined: with the largest Ulysses degree that goes, since its exchanges
+    shrink with ``n`` while what goes round a ring does not. That is at most two shapes for each ``n``. Neither comes
+    together with tensor parallelism, which our executor does not run.
 
     Args:
         devices: Devices of the stage.
@@ -160,6 +169,8 @@ def layer_strategies(
         dp_types: Types of data parallelism in the set.
         recompute: Which values of recomputation.
         sequence_degrees: Those of ``tp_degrees`` that are offered with Megatron sequence parallelism too.
+        ulysses_degrees: Ulysses degrees the layer can run with.
+        context_degrees: Context-parallel degrees the layer can run with.
 
     Raises:
         ValueError: If ``devices`` is not a power of two.
@@ -167,6 +178,7 @@ def layer_strategies(
     check_device_count(devices, name="devices")
     kinds, flags = list(dict.fromkeys(dp_types)), list(dict.fromkeys(recompute))
     cut = set(sequence_degrees) - {1}
+    shapes = _sequence_shapes(devices, set(ulysses_degrees) - {1}, set(context_degrees) - {1})
     found: list[LayerStrategy] = []
     for flag in flags:
         for tp in sorted(set(tp_degrees)):
@@ -178,4 +190,54 @@ def layer_strategies(
                 found.append(plain)
                 if tp in cut:
                     found.append(replace(plain, sequence_parallel=True))
+        for sp, cp in shapes:
+            dp = devices // (sp * cp)
+            found += [LayerStrategy(dp=dp, sp=sp, cp=cp, dp_type=kind, recompute=flag) for kind in kinds]
+    return found
+
+
+def without_needless_cuts(strategies: Sequence[LayerStrategy]) -> list[LayerStrategy]:
+    """Leaves out strategies that cut sequences where the batch can be cut instead.
+
+    A strategy goes if another one of the same type and recomputation has more data parallelism and cuts sequences less,
+    and in no other way. For Ulysses and context parallelism that loses nothing: ranks have as much to compute and to
+    keep, and share out weights and gradients over as many; only the exchanges of a cut sequence are fewer. Where a
+    neighboring layer has fewer batch shards, going there and back takes the same gathers as cutting the sequence does.
+    For Megatron sequence parallelism it is a choice, which keeps the search short: it also cuts weights, as plain
+    tensor parallelism does, which stays; as few activations are had by more microbatches.
+
+    Args:
+        strategies: Those that may be chosen for one row of a stage: the microbatch divides over each of them.
+    """
+    return list(_needed(tuple(strategies)))
+
+
+@lru_cache(maxsize=256)
+def _needed(strategies: tuple[LayerStrategy, ...]) -> tuple[LayerStrategy, ...]:
+    """See :func:`without_needless_cuts`. Rows of one type ask for the same."""
+
+    def cuts(strategy: LayerStrategy) -> tuple[int, int, int]:
+        return strategy.sp, strategy.cp, strategy.tp if strategy.sequence_parallel else 1
+
+    def replaces(other: LayerStrategy, strategy: LayerStrategy) -> bool:
+        return (
+            other.dp > strategy.dp
+            and (other.dp_type, other.recompute) == (strategy.dp_type, strategy.recompute)
+            and other.num_devices == other.dp * prod(cuts(other))
+            and all(less <= more for less, more in zip(cuts(other), cuts(strategy), strict=True))
+        )
+
+    return tuple(s for s in strategies if max(cuts(s)) == 1 or not any(replaces(other, s) for other in strategies))
+
+
+def _sequence_shapes(devices: int, ulysses: set[int], context: set[int]) -> list[tuple[int, int]]:
+    """``(sp, cp)`` of :func:`layer_strategies`, fewest parts first."""
+    found: list[tuple[int, int]] = []
+    for parts in powers_of_two(devices)[1:]:
+        if parts in ulysses:
+            found.append((parts, 1))
+        else:
+            found += [(sp, parts // sp) for sp in sorted(ulysses) if parts % sp == 0 and parts // sp in context][-1:]
+        if parts in context:
+            found.append((1, parts))
     return found

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import get_args
 
 from lightning_hetu.planning.layer_strategy import LayerStrategy
 from lightning_hetu.planning.partition import balance_degree
-from lightning_hetu.planning.plan import HybridPlan, PricedSchedule
+from lightning_hetu.planning.plan import HybridPlan
 from lightning_hetu.planning.units import format_bytes, format_seconds
 
 _MAX_WIDTH = 110
@@ -43,11 +42,10 @@ def _header(plan: HybridPlan) -> list[str]:
         f"global batch of {plan.global_batch_size} samples in {plan.num_microbatches}"
         f" microbatch{'es' * (plan.num_microbatches > 1)} of {plan.microbatch_size}",
     ]
+    lines += _sequence_lines(plan)
     prediction = plan.prediction
     if prediction is None:
-        priced = plan.schedule in get_args(PricedSchedule)
-        reason = "written by hand" if priced else f"not available for schedule {plan.schedule}"
-        return [*lines, f"no prediction: {reason}"]
+        return [*lines, "no prediction: written by hand"]
     time = prediction.iteration_time
     rate = f", {plan.global_batch_size / time:.4g} samples/s" if time > 0 else ""
     budget = "" if prediction.memory_budget is None else f", budget {format_bytes(prediction.memory_budget)} per device"
@@ -58,6 +56,20 @@ def _header(plan: HybridPlan) -> list[str]:
             f"balance of the stages: time {balance[0]:.3f}, memory {balance[1]:.3f}, best {1 - 1 / stages:.3f}"
         )
     return lines
+
+
+def _sequence_lines(plan: HybridPlan) -> list[str]:
+    """One line on the layers whose sequence is cut, if there are any."""
+    counts: dict[str, int] = {}
+    for layer in plan.layers:
+        names = [f"Ulysses sp{layer.sp}"] if layer.sp > 1 else []
+        names += [f"context parallel cp{layer.cp}"] if layer.cp > 1 else []
+        names += [f"Megatron tp{layer.tp}"] if layer.sequence_parallel else []
+        if names:
+            text = " with ".join(names)
+            counts[text] = counts.get(text, 0) + 1
+    cut = [f"{text} in {count} block{'s' * (count > 1)}" for text, count in counts.items()]
+    return _wrap(f"sequence cut: {', '.join(cut)}", indent="") if cut else []
 
 
 def describe(strategy: LayerStrategy) -> str:
@@ -170,7 +182,7 @@ def _traits(plan: HybridPlan) -> dict[str, str]:
     traits = {
         "devices": str(plan.world_size),
         "pp": str(plan.pipeline_parallel_size),
-        **{name: of_blocks(name) for name in ("dp", "tp", "sp", "cp", "dp_type", "recompute")},
+        **{name: of_blocks(name) for name in ("dp", "tp", "sp", "cp", "sequence_parallel", "dp_type", "recompute")},
         "batch": str(plan.global_batch_size),
         "microbatches": str(plan.num_microbatches),
         "schedule": plan.schedule,

@@ -4,6 +4,12 @@ A file has one entry per layer in comma-separated columns, one strategy for embe
 plain data parallelism for the whole plan. Degrees of data parallelism are not in it: they are what the other degrees
 leave of the devices of a stage. A plan that such a file cannot hold is refused, so that every file that is written
 reads back as the same plan, without its prediction.
+
+Two columns are our own, written only where they say something, and not read by the release. It runs all or none of its
+tensor-parallel layers with Megatron sequence parallelism, which is a setting of the run and not of the plan:
+``megatron_sp_enc`` tells which layers of a plan here have it. Its search knows only ``ddp`` for a layer whose weights
+have copies on the ranks of a sequence and no others: ``sharded_sp_enc`` tells which of these shard as
+``default_dp_type`` says.
 """
 
 from __future__ import annotations
@@ -70,7 +76,8 @@ def write_galvatron_plan(plan: HybridPlan, path: str | Path) -> Path:
     if plan.embedding != plan.head:
         raise ValueError(f"plan.head={plan.head}, plan.embedding={plan.embedding}: the format has one for both.")
     rows = [*plan.layers, plan.embedding]
-    plain = sorted({row.dp_type for row in rows if row.dp > 1 and row.dp_type != "zero3"})
+    shared = [row for row in rows if row.dp > 1 or _shards_sequence_ranks(row)]
+    plain = sorted({row.dp_type for row in shared if row.dp_type != "zero3"})
     if len(plain) > 1:
         raise ValueError(f"plan uses {' and '.join(plain)}: the format has one type of data parallelism besides zero3.")
     names = {ours: theirs for theirs, ours in _SCHEDULES.items()}
@@ -102,6 +109,11 @@ def write_galvatron_plan(plan: HybridPlan, path: str | Path) -> Path:
         "vocab_sdp": sharded,
         "world_size": plan.world_size,
     }
+    own = {
+        "megatron_sp_enc": [layer.sequence_parallel for layer in plan.layers],
+        "sharded_sp_enc": [_shards_sequence_ranks(layer) for layer in plan.layers],
+    }
+    data |= {name: text(values) for name, values in own.items() if any(values)}
     understood = _parse(data, plan.world_size)
     if understood != replace(plan, prediction=None, rejected=()):
         pairs = zip(plan.rows(), understood.rows(), strict=True)
@@ -111,6 +123,11 @@ def write_galvatron_plan(plan: HybridPlan, path: str | Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(data, indent=4) + "\n", encoding="utf-8")
     return path
+
+
+def _shards_sequence_ranks(strategy: LayerStrategy) -> bool:
+    """Whether weights are sharded over the ranks of a sequence only, and not by zero3."""
+    return strategy.dp == 1 and strategy.shard_degree > 1 and strategy.dp_type == "zero2"
 
 
 # ---- from the file's entries to a plan ------------------------------------------------------------------------------
@@ -139,13 +156,15 @@ def _parse(data: Mapping[str, Any], world_size: Any) -> HybridPlan:
         if any(degree > 1 for degree in _column(data, name, length, default=1)):
             raise ValueError(f"{name}={data[name]!r}: expert parallelism has no place in a plan here, expected ones.")
 
-    def strategy(where: str, degree: int, cp: int, ulysses: int, sharded: int, **flags: bool) -> LayerStrategy:
+    def strategy(
+        where: str, degree: int, cp: int, ulysses: int, sharded: int, over_sequence: int = 0, **flags: bool
+    ) -> LayerStrategy:
         if world_size % (count * degree * cp):
             raise ValueError(
                 f"{where}: pp_deg={count} times a degree of {degree * cp} does not divide world_size={world_size}."
             )
         dp = world_size // (count * degree * cp)
-        dp_type: DataParallelType = "zero3" if sharded else kind if dp > 1 else "ddp"
+        dp_type: DataParallelType = "zero3" if sharded else kind if dp > 1 or over_sequence else "ddp"
         shape = {"sp": degree} if ulysses else {"tp": degree}
         return LayerStrategy(dp=dp, dp_type=dp_type, cp=cp, **shape, **flags)  # type: ignore[arg-type]
 
@@ -156,11 +175,23 @@ def _parse(data: Mapping[str, Any], world_size: Any) -> HybridPlan:
         _column(data, "dp_types_enc", length, flags=True),
         _column(data, "checkpoint", length, default=0, flags=True),
         _column(data, "tp_consecutive_flags", length, default=1, flags=True),
+        _column(data, "megatron_sp_enc", length, default=0, flags=True),
+        _column(data, "sharded_sp_enc", length, default=0, flags=True),
         strict=True,
     )
     layers = tuple(
-        strategy(f"tp_sizes_enc[{i}]", t, cp, u, d, recompute=bool(c), tp_consecutive=bool(near))
-        for i, (t, cp, u, d, c, near) in enumerate(columns)
+        strategy(
+            f"tp_sizes_enc[{i}]",
+            t,
+            cp,
+            u,
+            d,
+            s,
+            recompute=bool(c),
+            tp_consecutive=bool(near),
+            sequence_parallel=bool(m),
+        )
+        for i, (t, cp, u, d, c, near, m, s) in enumerate(columns)
     )
     sharded = "vocab_sdp" if "vocab_sdp" in data else "embed_sdp"
     vocab = strategy(

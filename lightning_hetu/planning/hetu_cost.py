@@ -1,10 +1,12 @@
-"""Cost model of this package's own executor: FSDP2, plain Megatron tensor parallelism, pipeline schedules.
+"""Cost model of this package's own executor: FSDP2, tensor and sequence parallelism, pipeline schedules.
 
 Follows the estimator of Galvatron (arXiv 2211.13878, section 3.3) and differs where our runtime differs:
 
 * Tensor parallelism keeps activations replicated between layers: two all-reduces per direction and layer. With sequence
   parallelism (arXiv 2205.05198, section 4.2.2) each is an all-gather and a reduce-scatter, and the layer's output and
   the gradient of its input are gathered.
+* A layer whose sequence is cut otherwise, by Ulysses (arXiv 2309.14509) or ring attention (arXiv 2310.01889), takes its
+  part of a whole input and gathers its output as well; its weights are shared out like those of data parallelism.
 * Sharded layers reduce-scatter their gradients in every microbatch, so only shards are kept. ``ddp`` accumulates full
   gradients and reduces them once per step, in the last microbatch.
 * ``zero3`` gathers parameters in forward and in backward of every microbatch, ``zero2`` once per step, ``ddp`` never.
@@ -24,6 +26,9 @@ from lightning_hetu.planning.cost_model import Bytes, CostModel, RowCost, RowMem
 from lightning_hetu.planning.enumeration import layer_strategies
 from lightning_hetu.planning.layer_strategy import LayerStrategy
 from lightning_hetu.planning.profile import LayerProfile, ModelProfile
+
+_ULYSSES_EXCHANGES = 4
+"""All-to-alls of a layer in one direction: queries, keys, values and output."""
 
 
 @dataclass(frozen=True)
@@ -131,12 +136,16 @@ class HetuCostModel(CostModel):
         return {0: "embedding", self.num_layers + 1: "head"}.get(row) or self.profile.layers[row - 1] + 1
 
     def strategies(self, row: int, setting: Setting) -> list[LayerStrategy]:
-        """What the executor runs; embedding and head without recomputation."""
+        """What the executor runs; embedding and head without recomputation and with whole sequences."""
+        layer = self.layer(row)
+        if not 0 < row <= self.num_layers:
+            return layer_strategies(setting.devices_per_stage, tp_degrees=layer.tp_degrees, recompute=(False,))
         return layer_strategies(
             setting.devices_per_stage,
-            tp_degrees=self.layer(row).tp_degrees,
-            recompute=(False, True) if 0 < row <= self.num_layers else (False,),
-            sequence_degrees=self.layer(row).sequence_degrees if 0 < row <= self.num_layers else (),
+            tp_degrees=layer.tp_degrees,
+            sequence_degrees=layer.sequence_degrees,
+            ulysses_degrees=layer.ulysses_degrees,
+            context_degrees=layer.context_degrees,
         )
 
     def row_name(self, row: int) -> str:
@@ -178,7 +187,7 @@ class HetuCostModel(CostModel):
         stride = strategy.tp if strategy.tp_consecutive else 1
 
         contention = self.contention(setting)
-        forward = layer.forward_seconds(samples / (strategy.sp * strategy.cp), strategy.tp) * contention
+        forward = layer.forward_seconds(samples / strategy.sequence_degree, strategy.tp) * contention
         overhead = self.cluster.layer_overhead * contention
         backward = forward * layer.backward_ratio + (forward if strategy.recompute else 0.0)
         gather = self.cluster.seconds("all_gather", shards, full * self._gathered, stride=stride)
@@ -186,7 +195,8 @@ class HetuCostModel(CostModel):
         reduce = self.cluster.seconds(
             "all_reduce" if strategy.dp_type == "ddp" else "reduce_scatter", shards, gradient, stride=stride
         )
-        tensor = self._tensor_seconds(row, strategy, samples)
+        tensor = self.tensor_times(row, strategy, setting)
+        sequence = self.sequence_times(row, strategy, setting)
         border = self._border_seconds(row, stage, strategy, setting)
 
         zero3_gather = gather if strategy.dp_type == "zero3" else 0.0
@@ -206,6 +216,7 @@ class HetuCostModel(CostModel):
             + backward_total
             + overhead
             + sum(tensor)
+            + sum(sequence)
             + sum(border)
             + (reduce_exposed if every_time else 0.0),
             sync=once_gather + optimizer + tied + (0.0 if every_time else reduce_exposed),
@@ -214,6 +225,7 @@ class HetuCostModel(CostModel):
                 "forward": forward,
                 "backward": backward,
                 "tensor_parallel": sum(tensor),
+                "sequence_parallel": sum(sequence),
                 "parameter_gather": forward_total + backward_total - forward - backward,
                 "stage_border": sum(border),
                 "runtime": overhead,
@@ -222,7 +234,7 @@ class HetuCostModel(CostModel):
                 "optimizer_per_step": optimizer,
                 "tied_gradients_per_step": tied,
             },
-            forward=forward_total + overhead / 2 + tensor[0] + border[0],
+            forward=forward_total + overhead / 2 + tensor[0] + sequence[0] + border[0],
             first_forward=once_gather,
             optimizer=optimizer + tied,
         )
@@ -240,11 +252,12 @@ class HetuCostModel(CostModel):
     def _reduces_every_microbatch(self, strategy: LayerStrategy) -> bool:
         return strategy.dp_type != "ddp" and self.constants.reduce_every_microbatch
 
-    def _tensor_seconds(self, row: int, strategy: LayerStrategy, samples: float) -> tuple[float, float]:
-        """Sums and gathers of activations of one microbatch in forward and in backward."""
+    def tensor_times(self, row: int, strategy: LayerStrategy, setting: Setting) -> tuple[float, float]:
+        """Seconds of tensor parallelism for one microbatch in forward and in backward: sums and gathers."""
         if strategy.tp == 1:
             return 0.0, 0.0
         c = self.constants
+        samples = setting.microbatch_size / (strategy.dp * strategy.sequence_degree)
         if row == 0:
             # The embedding's input are indices; what it reduces is its output, the input of the first block.
             forward, backward, message = c.tp_embedding_reduces, 0, self.boundary_bytes(1) * samples
@@ -268,6 +281,29 @@ class HetuCostModel(CostModel):
             return forward * both + gather, backward * both + (again + 1) * gather
         seconds = self.cluster.seconds("all_reduce", strategy.tp, message, stride=stride)
         return forward * seconds, backward * seconds
+
+    def sequence_times(self, row: int, strategy: LayerStrategy, setting: Setting) -> tuple[float, float]:
+        """Seconds of Ulysses and context parallelism for one microbatch in forward and in backward.
+
+        The layer takes its part of a whole input and gathers its output; backward gathers the gradient of the input.
+        In between, Ulysses exchanges queries, keys, values and output, each of which has a rank's part of the
+        boundary, and their gradients. Ring attention sends keys and values to the next rank ``cp - 1`` times; backward
+        does so again, and their gradients go all the way round. Recomputation repeats what is in between.
+        """
+        parts = strategy.sequence_degree
+        if parts == 1:
+            return 0.0, 0.0
+        sp, cp = strategy.sp, strategy.cp
+        stride = strategy.tp if strategy.tp_consecutive else 1
+        whole = self.boundary_bytes(row) * setting.microbatch_size / strategy.dp
+        gather = self.cluster.seconds("all_gather", parts, whole, stride=stride)
+        exchange = _ULYSSES_EXCHANGES * self.cluster.seconds("all_to_all", sp, whole / parts, stride=stride)
+        # On a ring an all-gather is cp - 1 rounds as well, here of a rank's keys and values.
+        pairs = 2 * whole / (parts * strategy.tp)
+        ring = self.cluster.seconds("all_gather", cp, pairs * cp, stride=stride * sp)
+        home = ring * cp / (cp - 1) if cp > 1 else 0.0
+        again = exchange + ring if strategy.recompute else 0.0
+        return gather + exchange + ring, gather + exchange + ring + home + again
 
     def _regroup_seconds(self, row: int, finer: int, coarser: int, setting: Setting) -> float:
         """One all-gather of the input of ``row`` from ``finer`` batch shards to ``coarser`` ones.
@@ -358,7 +394,7 @@ class HetuCostModel(CostModel):
         """
         c = self.constants
         samples = setting.microbatch_size / strategy.dp
-        tp = strategy.tp * strategy.sp * strategy.cp
+        tp, parts = strategy.tp, strategy.sequence_degree
         full = layer.parameters(strategy.tp)
         trained = full * layer.trainable_fraction
         shards = 1 if strategy.dp_type == "ddp" else strategy.shard_degree
@@ -378,6 +414,9 @@ class HetuCostModel(CostModel):
         gather_forward = gathers_forward[strategy.dp_type] * full * self._gathered
         gather_backward = c.zero3_backward_gather * full * self._gathered if strategy.dp_type == "zero3" else 0.0
 
+        uncut = layer.boundary_bytes * samples
+        # Ulysses and context parallelism cut everything inside of the layer.
+        samples /= parts
         inside = layer.activations(tp, sequence_parallel=strategy.sequence_parallel) * samples
         entry = layer.boundary_bytes * samples
         forward_extra = LayerProfile.at_degree(layer.forward_transient, tp) * samples
@@ -392,6 +431,12 @@ class HetuCostModel(CostModel):
             backward_extra += entry - part
             gathered = c.tp_forward_reduces * (entry - part)  # in recomputation until backward
             entry = part
+        if parts > 1:
+            # The whole input is there until the whole output is. Inside, an exchange has queries, keys and values
+            # twice; at the end the output is gathered and then put in order. In backward there is the whole gradient
+            # of input or output.
+            forward_extra = uncut + max(forward_extra + 4 * entry, 2 * uncut + 2 * entry)
+            backward_extra += uncut
         kept = min(entry, inside) if strategy.recompute else inside
         if strategy.recompute:
             # Forward drops what is inside at once; right before its own backward all of it is there again.

@@ -1,8 +1,12 @@
 """How one layer is parallelized inside its pipeline stage.
 
 Follows Galvatron (arXiv 2211.13878, section 3): the devices of a stage are factored into data, tensor, sequence and
-context parallel degrees, and a layer may additionally be recomputed in backward. The innermost degree (``tp`` or
-``sp``) takes consecutive ranks.
+context parallel degrees, and a layer may additionally be recomputed in backward. Ranks of a stage go by data
+parallelism outermost, then context parallelism; the innermost degree (``tp`` or ``sp``) takes consecutive ranks.
+
+Three of them cut the sequence of a layer: Megatron sequence parallelism along with ``tp`` (arXiv 2205.05198), Ulysses
+(arXiv 2309.14509), and context parallelism by ring attention (arXiv 2310.01889). Between layers activations are whole
+sequences all the same.
 """
 
 from __future__ import annotations
@@ -69,6 +73,11 @@ class LayerStrategy:
     def num_devices(self) -> int:
         """Devices of the pipeline stage that the layer uses (all of them)."""
         return self.dp * self.tp * self.sp * self.cp
+
+    @property
+    def sequence_degree(self) -> int:
+        """Parts that Ulysses and context parallelism cut the sequence into (``sp * cp``)."""
+        return self.sp * self.cp
 
     @property
     def shard_degree(self) -> int:

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 from lightning_hetu.planning.layer_strategy import LayerStrategy
 
 PricedSchedule = Literal["1f1b", "gpipe"]
-"""The schedules that cost models and search know."""
+"""The schedules of one stage per rank and whole backwards, whose step time has a closed form."""
 Schedule = Literal["1f1b", "gpipe", "interleaved_1f1b", "zero_bubble"]
 FORMAT_VERSION = 1
 
@@ -30,7 +30,8 @@ class PlanPrediction:
     Args:
         iteration_time: Seconds per optimizer step without accumulation.
         stage_times: Seconds of one microbatch in each stage, without gradient synchronization.
-        stage_memory: Peak bytes per device of each stage.
+        stage_memory: Peak bytes per device of each stage. A device with several stages (``plan.virtual_stages``) has
+            one peak for all of them together, which stands at each, so the largest entry is that of the fullest device.
         memory_budget: Bytes per device the plan was searched under.
         layer_times: Seconds of one microbatch per row of the plan: embedding, blocks, head.
         layer_memory: Bytes per device per row of the plan: embedding, blocks, head.

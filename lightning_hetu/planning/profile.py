@@ -38,6 +38,8 @@ class LayerProfile:
             missing, a ``tp``-th of the whole layer.
         sequence_degrees: Those of ``tp_degrees`` with which the layer can run with Megatron sequence parallelism, too.
         sequence_activation_bytes: ``activation_bytes`` under sequence parallelism; see :meth:`activations`.
+        ulysses_degrees: Ulysses degrees above 1 the layer can run with (they divide its heads and its sequence).
+        context_degrees: Context-parallel degrees above 1 the layer can run with (its attention can go round a ring).
         trainable_fraction: Share of ``parameter_bytes`` that is trained (has gradients and optimizer states).
     """
 
@@ -56,6 +58,8 @@ class LayerProfile:
     tp_forward_time: Mapping[int, tuple[tuple[float, float], ...]] = field(default_factory=dict)
     sequence_degrees: tuple[int, ...] = ()
     sequence_activation_bytes: Mapping[int, float] = field(default_factory=dict)
+    ulysses_degrees: tuple[int, ...] = ()
+    context_degrees: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         points = tuple(sorted((float(n), float(t)) for n, t in self.forward_time))
@@ -78,6 +82,11 @@ class LayerProfile:
                 f"layer {self.name!r}: sequence_degrees={list(self.sequence_degrees)} must be among its tensor-parallel"
                 f" degrees {list(self.tp_degrees[1:])}."
             )
+        for name in ("ulysses_degrees", "context_degrees"):
+            given = tuple(getattr(self, name))
+            if any(isinstance(degree, bool) or not isinstance(degree, int) or degree < 2 for degree in given):
+                raise ValueError(f"layer {self.name!r}: {name}={list(given)}: expected integers of at least 2.")
+            object.__setattr__(self, name, tuple(sorted(set(given))))
         if not points or points[0][0] <= 0 or any(t < 0 for _, t in points):
             raise ValueError(f"layer {self.name!r}: forward_time needs (samples > 0, seconds >= 0) points.")
         if not 0 <= self.tp_parameter_bytes <= self.parameter_bytes:
@@ -145,6 +154,7 @@ class ModelProfile:
         tied_bytes: Parameters that are counted in the embedding and in the head because they serve both. In different
             stages each has a copy, and they add up their gradients; in one stage there is only one.
         name: Human-readable model name.
+        schedules: Pipeline schedules that the model can run.
     """
 
     layer_types: tuple[LayerProfile, ...]
@@ -158,8 +168,10 @@ class ModelProfile:
     optimizer_state_bytes: float = 2.0
     tied_bytes: int = 0
     name: str = "model"
+    schedules: tuple[str, ...] = ("1f1b", "gpipe", "interleaved_1f1b", "zero_bubble")
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "schedules", tuple(self.schedules))
         object.__setattr__(self, "layer_types", tuple(self.layer_types))
         object.__setattr__(self, "layers", tuple(int(i) for i in self.layers))
         if not self.layers or any(not 0 <= i < len(self.layer_types) for i in self.layers):

@@ -2,14 +2,15 @@
 
 Outer loop of Galvatron (arXiv 2211.13878, section 3.4): batch sizes, pipeline degrees and microbatch counts; inside,
 the strategies of all rows by dynamic programming. A setting whose lower bound is worse than the best known plan is
-skipped.
+skipped. That is for 1F1B; other schedules are tried on what was found, see
+:mod:`~lightning_hetu.planning.schedule_search`.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from lightning_hetu.planning.alternatives import rejected_alternatives
@@ -20,9 +21,18 @@ from lightning_hetu.planning.errors import NoFeasiblePlanError
 from lightning_hetu.planning.galvatron_cost import GalvatronCostModel
 from lightning_hetu.planning.galvatron_files import GalvatronProfile
 from lightning_hetu.planning.hetu_cost import HetuConstants, HetuCostModel
+from lightning_hetu.planning.layer_strategy import LayerStrategy
 from lightning_hetu.planning.partition_search import PartitionSearch
 from lightning_hetu.planning.plan import HybridPlan, PlanPrediction
 from lightning_hetu.planning.profile import ModelProfile
+from lightning_hetu.planning.schedule_cost import offered_schedules
+from lightning_hetu.planning.schedule_search import (
+    WORTHWHILE_GAIN,
+    PricedPlan,
+    ScheduleSearch,
+    simulated_schedules,
+    try_schedules,
+)
 from lightning_hetu.planning.search_space import Pins
 from lightning_hetu.planning.stage_search import Found, SettingSearch
 from lightning_hetu.planning.units import parse_bytes
@@ -36,7 +46,7 @@ _TIE = 1e-9
 _ROUNDING = 1e-12
 """Sums of the same times in another order may differ by this share."""
 _LARGEST_BATCH = 1 << 16
-_WORTHWHILE_GAIN = 1.01
+_WORTHWHILE_BATCH_GAIN = 1.01
 _PATIENCE = 2
 
 
@@ -174,24 +184,122 @@ def search(
     model = build_cost_model(profile, cluster, cost_model, constants=constants)
     budget = parse_bytes(memory_budget)
     fixed = Pins.parse(pins, model.num_layers)
+    if fixed.schedule not in (None, "any", *offered_schedules(model)):
+        known = ", ".join(offered_schedules(model))
+        raise ValueError(
+            f"schedule={fixed.schedule!r}: the model or the cost model does not have it, expected {known}."
+        )
     if global_batch_size is None:
-        plan = _search_batch_sizes(model, budget, fixed, progress)
+        batch = _search_batch_sizes(model, budget, fixed, progress)
     else:
         if isinstance(global_batch_size, bool) or not isinstance(global_batch_size, int) or global_batch_size < 1:
             raise ValueError(f"global_batch_size={global_batch_size!r}: expected an integer of at least 1.")
-        settings = _prepare(model, global_batch_size, fixed)
-        if not settings:
+        batch = _Batch.of(model, global_batch_size, budget, fixed, progress)
+        if not batch.possible:
             raise ValueError(_impossible(model, global_batch_size, fixed))
-        found = _search_settings(settings, budget - model.reserve(budget), progress)
-        if found is None:
-            raise NoFeasiblePlanError(budget, _smallest_budget(settings))
-        plan = found.plan()
-    if fixed.layers is None:
-        plan = _in_few_runs(model, plan, budget)
-    plan = replace(plan, prediction=predict(model, plan, memory_budget=budget))
+        if not batch.feasible:
+            raise NoFeasiblePlanError(budget, batch.smallest_budget())
+    plan, others = _chosen(model, batch, budget, fixed, alternatives=alternatives)
     if alternatives:
-        plan = replace(plan, rejected=rejected_alternatives(model, plan, budget, fixed))
+        plan = replace(plan, rejected=rejected_alternatives(model, plan, budget, fixed, others))
     return plan
+
+
+@dataclass
+class _Batch:
+    """What was found for one batch size.
+
+    Args:
+        settings: All settings in which every row has an option.
+        bounds: Least step time of each.
+        found: Plans by the index of their setting.
+        best: The best of them.
+        played: Plans of a pinned schedule without a closed form, which take the place of ``best``.
+    """
+
+    settings: list[Candidates]
+    bounds: list[float] = field(default_factory=list)
+    found: dict[int, Found] = field(default_factory=dict)
+    best: Found | None = None
+    played: ScheduleSearch | None = None
+
+    @classmethod
+    def of(cls, model: CostModel, size: int, budget: int, pins: Pins, progress: Progress | None) -> _Batch:
+        """Looks for the best plan of a batch size, most promising settings first."""
+        batch = cls(_prepare(model, size, pins))
+        capacity = budget - model.reserve(budget)
+        batch.bounds = [setting.lower_bound(capacity) for setting in batch.settings]
+        if pins.simulated:
+            assert isinstance(model, HetuCostModel)  # No other one offers such a schedule.
+            batch.played = try_schedules(model, batch.settings, batch.bounds, {}, budget, pins)
+            if progress is not None and batch.settings:
+                progress(len(batch.settings), len(batch.settings))
+        else:
+            batch.search(capacity, progress)
+        return batch
+
+    def search(self, capacity: int, progress: Progress | None) -> None:
+        """Solves the settings that may hold the best plan."""
+        order = sorted((bound, index) for index, bound in enumerate(self.bounds))
+        for done, (bound, index) in enumerate(order, start=1):
+            incumbent = float("inf") if self.best is None else self.best.time
+            if bound < float("inf") and _may_beat(self.settings[index].setting, bound, self.best):
+                found = self.settings[index].best(capacity, incumbent)
+                if found is not None:
+                    self.found[index] = found
+                    if self.best is None or _beats(found, self.best):
+                        self.best = found
+            if progress is not None:
+                progress(done, len(self.settings))
+
+    @property
+    def time(self) -> float:
+        """Seconds per step of the best plan; infinite without one."""
+        if self.played is not None:
+            fastest = self.played.fastest
+            return float("inf") if fastest is None else fastest.time
+        return float("inf") if self.best is None else self.best.time
+
+    @property
+    def possible(self) -> bool:
+        """Whether there is a plan at any budget."""
+        return bool(self.settings) and (self.played is None or bool(self.played.frugal))
+
+    @property
+    def feasible(self) -> bool:
+        """Whether a plan fits."""
+        return self.best is not None or (self.played is not None and self.played.fastest is not None)
+
+    def smallest_budget(self) -> int:
+        """Fewest bytes with which this batch size has a plan."""
+        if self.played is not None:
+            return min(item.peak for item in self.played.frugal.values())
+        return min(setting.model.budget_for(setting.least_peak()) for setting in self.settings)
+
+
+def _chosen(
+    model: CostModel, batch: _Batch, budget: int, pins: Pins, *, alternatives: bool
+) -> tuple[HybridPlan, list[PricedPlan]]:
+    """The plan of a batch size with its prediction, and the best plans of the other schedules that were tried."""
+    if batch.played is not None:
+        fastest = batch.played.fastest
+        assert fastest is not None  # The caller has looked.
+        return replace(fastest.plan, prediction=fastest.prediction), []
+    assert batch.best is not None
+    plan = batch.best.plan()
+    if pins.layers is None:
+        plan = _in_few_runs(model, plan, budget)
+    chosen = PricedPlan(plan, predict(model, plan, memory_budget=budget))
+    others: list[PricedPlan] = []
+    wanted = alternatives or pins.schedule == "any"
+    if wanted and isinstance(model, HetuCostModel) and simulated_schedules(model, pins):
+        tried = try_schedules(model, batch.settings, batch.bounds, batch.found, budget, pins, chosen.time)
+        others = [tried.best.get(name) or tried.frugal[name] for name in tried.frugal]
+        fastest = tried.fastest
+        if pins.schedule == "any" and fastest is not None and fastest.time < chosen.time * (1 - WORTHWHILE_GAIN):
+            others = [chosen, *(item for item in others if item is not fastest)]
+            chosen = fastest
+    return replace(chosen.plan, prediction=chosen.prediction), others
 
 
 def _prepare(model: CostModel, batch: int, pins: Pins) -> list[Candidates]:
@@ -211,21 +319,6 @@ def _rank(found: Found) -> tuple[int, int, int]:
     return found.setting.num_microbatches, found.setting.num_stages, found.peak
 
 
-def _search_settings(settings: list[Candidates], capacity: int, progress: Progress | None) -> Found | None:
-    """The best plan over the settings of one batch size, most promising first."""
-    bounds = [(setting.lower_bound(capacity), index) for index, setting in enumerate(settings)]
-    best: Found | None = None
-    for done, (bound, index) in enumerate(sorted(bounds), start=1):
-        incumbent = float("inf") if best is None else best.time
-        if bound < float("inf") and _may_beat(settings[index].setting, bound, best):
-            found = settings[index].best(capacity, incumbent)
-            if found is not None and (best is None or _beats(found, best)):
-                best = found
-        if progress is not None:
-            progress(done, len(settings))
-    return best
-
-
 def _may_beat(setting: Setting, bound: float, best: Found | None) -> bool:
     """Whether a setting whose plans take at least ``bound`` may hold one that beats the best known plan."""
     if best is None or bound < best.time * (1 - _TIE):
@@ -241,34 +334,33 @@ def _beats(found: Found, other: Found) -> bool:
     return _rank(found) < _rank(other)
 
 
-def _search_batch_sizes(model: CostModel, budget: int, pins: Pins, progress: Progress | None) -> HybridPlan:
+def _search_batch_sizes(model: CostModel, budget: int, pins: Pins, progress: Progress | None) -> _Batch:
     """The best throughput over batch sizes that double until none fits or it no longer pays.
 
     A larger batch can always be cut into more microbatches, so throughput levels off rather than ending: the search
     stops after two doublings that gain less than one percent.
     """
-    best: tuple[float, HybridPlan] | None = None
-    tried: list[Candidates] = []
-    batch, idle = pins.num_microbatches or 1, 0
-    while batch <= _LARGEST_BATCH and idle < _PATIENCE:
-        settings = _prepare(model, batch, pins)
-        found = _search_settings(settings, budget - model.reserve(budget), progress) if settings else None
-        if settings and best is None:
-            tried += settings
-        if found is not None:
-            throughput = batch / found.time if found.time > 0 else float("inf")
-            idle = 0 if best is None or throughput > best[0] * _WORTHWHILE_GAIN else idle + 1
+    best: tuple[float, _Batch] | None = None
+    tried: list[_Batch] = []
+    size, idle = pins.num_microbatches or 1, 0
+    while size <= _LARGEST_BATCH and idle < _PATIENCE:
+        batch = _Batch.of(model, size, budget, pins, progress)
+        if batch.possible and best is None:
+            tried.append(batch)
+        if batch.feasible:
+            throughput = size / batch.time if batch.time > 0 else float("inf")
+            idle = 0 if best is None or throughput > best[0] * _WORTHWHILE_BATCH_GAIN else idle + 1
             if best is None or throughput > best[0] * (1 + _TIE):
-                best = throughput, found.plan()
-        elif settings:
+                best = throughput, batch
+        elif batch.possible:
             idle += 1
-        _log.debug("batch %d: %s", batch, "no plan" if found is None else f"{found.time:.6g} s")
-        batch *= 2
+        _log.debug("batch %d: %.6g s", size, batch.time)
+        size *= 2
     if best is not None:
         return best[1]
     if not tried:
         raise ValueError(_impossible(model, None, pins))
-    raise NoFeasiblePlanError(budget, _smallest_budget(tried))
+    raise NoFeasiblePlanError(budget, min(batch.smallest_budget() for batch in tried))
 
 
 def _in_few_runs(model: CostModel, plan: HybridPlan, budget: int) -> HybridPlan:
@@ -280,9 +372,9 @@ def _in_few_runs(model: CostModel, plan: HybridPlan, budget: int) -> HybridPlan:
     for first, last in plan.stage_bounds:
         for start, stop in _runs_of_one_type(model, first, last):
             order = list(dict.fromkeys(plan.layers[start:stop]))
-            layouts = list(dict.fromkeys((s.dp, s.tp, s.sp) for s in order))
+            layouts = list(dict.fromkeys(map(_layout, order)))
             for early in (True, False):
-                ranks = {s: (layouts.index((s.dp, s.tp, s.sp)), s.recompute != early, i) for i, s in enumerate(order)}
+                ranks = {s: (layouts.index(_layout(s)), s.recompute != early, i) for i, s in enumerate(order)}
                 block = sorted(plan.layers[start:stop], key=ranks.__getitem__)
                 candidate = replace(plan, layers=(*plan.layers[:start], *block, *plan.layers[stop:]))
                 new = predict(model, candidate, memory_budget=budget)
@@ -293,6 +385,10 @@ def _in_few_runs(model: CostModel, plan: HybridPlan, budget: int) -> HybridPlan:
     return plan
 
 
+def _layout(strategy: LayerStrategy) -> tuple[int, int, int, int, bool]:
+    return strategy.dp, strategy.tp, strategy.sp, strategy.cp, strategy.sequence_parallel
+
+
 def _runs_of_one_type(model: CostModel, first: int, last: int) -> Iterator[tuple[int, int]]:
     """Ranges of neighboring blocks of one layer type."""
     start = first
@@ -300,10 +396,6 @@ def _runs_of_one_type(model: CostModel, first: int, last: int) -> Iterator[tuple
         if block == last or model.row_kind(block + 1) != model.row_kind(start + 1):
             yield start, block
             start = block
-
-
-def _smallest_budget(settings: list[Candidates]) -> int:
-    return min(setting.model.budget_for(setting.least_peak()) for setting in settings)
 
 
 def _impossible(model: CostModel, batch: int | None, pins: Pins) -> str:

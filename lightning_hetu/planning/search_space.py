@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from lightning_hetu.planning.cost_model import CostModel, Setting
-from lightning_hetu.planning.enumeration import powers_of_two
+from lightning_hetu.planning.enumeration import powers_of_two, without_needless_cuts
+from lightning_hetu.planning.hetu_cost import HetuCostModel
 from lightning_hetu.planning.layer_strategy import DataParallelType, LayerStrategy
 from lightning_hetu.planning.plan import PricedSchedule, Schedule, even_stages
 
@@ -23,13 +24,18 @@ class Pins:
         pipeline_parallel_size: Number of stages.
         stages: Number of stages, or blocks per stage.
         num_microbatches: Microbatches per step.
-        schedule: Pipeline schedule.
+        schedule: Pipeline schedule, or ``any`` for the one found to be the fastest; ``None`` is ``1f1b``, for which the
+            best plan is found, and no larger budget ever gives a slower one. With ``interleaved_1f1b``, ``stages`` can
+            only be a number, that of ranks.
         layers: One strategy for all blocks, or one entry per block, ``None`` for free ones.
         embedding: Strategy of the embedding.
         head: Strategy of the head.
         dp: Data-parallel degree of the blocks, or the allowed ones.
         tp: Tensor-parallel degree of the blocks, or the allowed ones.
         dp_type: Type of data parallelism of all rows, or the allowed ones; rows without data parallelism are free.
+        sp: Ulysses degree of the blocks, or the allowed ones.
+        cp: Context-parallel degree of the blocks, or the allowed ones.
+        sequence_parallel: Whether the blocks use Megatron sequence parallelism, which takes ``tp`` above 1.
         recompute: Whether the blocks are recomputed.
         max_tp: Largest tensor-parallel degree of any row.
     """
@@ -37,12 +43,15 @@ class Pins:
     pipeline_parallel_size: int | None = None
     stages: tuple[int, ...] | None = None
     num_microbatches: int | None = None
-    schedule: PricedSchedule | None = None
+    schedule: Schedule | Literal["any"] | None = None
     layers: tuple[LayerStrategy | None, ...] | None = None
     embedding: LayerStrategy | None = None
     head: LayerStrategy | None = None
     dp: tuple[int, ...] | None = None
     tp: tuple[int, ...] | None = None
+    sp: tuple[int, ...] | None = None
+    cp: tuple[int, ...] | None = None
+    sequence_parallel: bool | None = None
     dp_type: tuple[DataParallelType, ...] | None = None
     recompute: bool | None = None
     max_tp: int | None = None
@@ -62,7 +71,7 @@ class Pins:
         for name in ("pipeline_parallel_size", "num_microbatches", "max_tp"):
             if name in values:
                 _check_positive(name, values[name])
-        for name in ("dp", "tp"):
+        for name in ("dp", "tp", "sp", "cp"):
             if name in values:
                 values[name] = _as_tuple(values[name])
                 for degree in values[name]:
@@ -75,19 +84,21 @@ class Pins:
                 raise ValueError(f"pipeline_parallel_size={count} contradicts stages={given!r}: give one of them.")
             # A number of stages leaves open where the model is cut.
             values["stages"] = None if isinstance(given, int) else stages
-        if "schedule" in values and values["schedule"] not in get_args(PricedSchedule):
-            hint = (
-                " The search does not know it; give a plan instead." if values["schedule"] in get_args(Schedule) else ""
+        if "schedule" in values and values["schedule"] not in (*get_args(Schedule), "any"):
+            raise ValueError(f"schedule={values['schedule']!r}: expected one of {', '.join(get_args(Schedule))}, any.")
+        if values.get("schedule") == "interleaved_1f1b" and values.get("stages") is not None:
+            raise ValueError(
+                f"stages={list(values['stages'])}: expected a number, that of ranks of the pipeline, with"
+                " schedule='interleaved_1f1b'."
             )
-            known = ", ".join(get_args(PricedSchedule))
-            raise ValueError(f"schedule={values['schedule']!r}: expected one of {known}.{hint}")
         if "dp_type" in values:
             values["dp_type"] = _as_tuple(values["dp_type"])
             for kind in values["dp_type"]:
                 if kind not in get_args(DataParallelType):
                     raise ValueError(f"dp_type={kind!r}: expected one of {', '.join(get_args(DataParallelType))}.")
-        if "recompute" in values and not isinstance(values["recompute"], bool):
-            raise ValueError(f"recompute={values['recompute']!r}: expected true or false.")
+        for name in ("sequence_parallel", "recompute"):
+            if name in values and not isinstance(values[name], bool):
+                raise ValueError(f"{name}={values[name]!r}: expected true or false.")
         for name in ("embedding", "head"):
             if name in values:
                 values[name] = LayerStrategy.parse(values[name])
@@ -99,11 +110,13 @@ class Pins:
         """Strategies of a row that the pins and the microbatch size allow."""
         given = self._given(model, row)
         found = [given] if given is not None else self._free(model, row, setting)
-        return [
+        found = [
             strategy
             for strategy in found
             if strategy.num_devices == setting.devices_per_stage and setting.microbatch_size % strategy.dp == 0
         ]
+        # What the released Galvatron searches stays whole.
+        return without_needless_cuts(found) if isinstance(model, HetuCostModel) else found
 
     def _given(self, model: CostModel, row: int) -> LayerStrategy | None:
         if row == 0:
@@ -117,27 +130,40 @@ class Pins:
         return [
             s
             for s in model.strategies(row, setting)
-            if (not block or self.dp is None or s.dp in self.dp)
-            and (not block or self.tp is None or s.tp in self.tp)
-            and (not block or self.recompute is None or s.recompute == self.recompute)
+            if (not block or self._allows_block(s))
             and (self.dp_type is None or s.shard_degree == 1 or s.dp_type in self.dp_type)
             and (self.max_tp is None or s.tp <= self.max_tp)
         ]
+
+    def _allows_block(self, strategy: LayerStrategy) -> bool:
+        degrees = all(
+            allowed is None or getattr(strategy, name) in allowed
+            for name, allowed in (("dp", self.dp), ("tp", self.tp), ("sp", self.sp), ("cp", self.cp))
+        )
+        flags = (("sequence_parallel", self.sequence_parallel), ("recompute", self.recompute))
+        return degrees and all(wanted is None or getattr(strategy, name) == wanted for name, wanted in flags)
 
     def settings(self, model: CostModel, global_batch_size: int) -> Iterator[Setting]:
         """Every combination of stages, microbatches and schedule for one batch size, fewest of each first.
 
         Stages are of even size where the cut is not pinned; :attr:`free_cut` says whether others may be tried.
-        Of the schedules, only ``1f1b`` is searched: ``gpipe`` takes at least the same memory, and the same time but for
-        what happens once per step.
+        Their schedule is ``1f1b`` unless ``gpipe`` is pinned, which takes at least the same memory, and the same time
+        but for what happens once per step. Plans of the other schedules are made from those of ``1f1b``.
         """
-        schedule: PricedSchedule = self.schedule or "1f1b"
+        schedule: PricedSchedule = "gpipe" if self.schedule == "gpipe" else "1f1b"
         for count in self._stage_counts(model):
             stages = self.stages or even_stages(model.num_layers, count)
             for microbatches in self._microbatch_counts(model, global_batch_size):
                 if schedule == "1f1b" and count > 1 and microbatches < count:
                     continue
+                if self.simulated and (count == 1 or microbatches % count):
+                    continue
                 yield Setting(model.num_devices, global_batch_size, microbatches, stages, schedule)
+
+    @property
+    def simulated(self) -> bool:
+        """Whether the pinned schedule has no closed form: it needs several ranks and whole groups of microbatches."""
+        return self.schedule not in (None, "any", *get_args(PricedSchedule))
 
     @property
     def free_cut(self) -> bool:

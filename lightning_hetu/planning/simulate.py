@@ -6,6 +6,7 @@ else decides, so one pass over the actions in an order that respects both is eno
 
 For a plan, all durations are prices of the cost model, see :mod:`~lightning_hetu.planning.stage_timing`. A transfer
 occupies the receiver but not the sender, as the cost model prices it: torch's schedules wait for what they receive.
+Where a rank has several stages (``plan.virtual_stages``), what is said of a stage below is said of a rank.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from lightning_hetu.planning.cluster import ClusterSpec
-from lightning_hetu.planning.cost_model import Setting, predict
+from lightning_hetu.planning.cost_model import Setting, predict, stage_report
 from lightning_hetu.planning.hetu_cost import HetuConstants, HetuCostModel
 from lightning_hetu.planning.plan import HybridPlan
 from lightning_hetu.planning.profile import ModelProfile
+from lightning_hetu.planning.schedule_cost import for_schedule, runs_whole, weight_seconds
 from lightning_hetu.planning.schedules import Action, PipelineSchedule, action_lists
 from lightning_hetu.planning.stage_timing import StageTiming
 from lightning_hetu.planning.timeline import Body, Piece, Simulation, TimedAction, Transfer
@@ -50,7 +52,7 @@ class _Work:
         if action.kind == "backward":
             return self.last_backward if last else self.backward
         if action.kind == "backward_input":
-            return self.backward_input
+            return self.backward_input  # What is done once per step belongs to the other part.
         return self.last_weight if last else self.backward_weight
 
 
@@ -171,9 +173,9 @@ def simulate_pipeline(
             it, unless backward is split.
         sync_seconds: After the last action of a stage, P entries. Nothing waits for it.
         weight_seconds: The part of ``backward_seconds`` that computes gradients of weights, V entries; half of it
-            unless given. Only ``zb_h1`` splits.
+            unless given. Only ``zero_bubble`` splits.
         activation_bytes: Kept from forward to backward of one microbatch, V entries.
-        num_chunks: Chunks of layers per stage, for ``interleaved_1f1b``.
+        num_chunks: Chunks of layers per stage, for ``interleaved_1f1b`` and ``zero_bubble``.
         overlap_p2p: Whether a stage computes while it receives. By default it waits.
 
     Raises:
@@ -243,8 +245,9 @@ def simulate(
     """
     if detail not in get_args(Detail):
         raise ValueError(f"detail={detail!r}: expected one of {', '.join(get_args(Detail))}.")
-    model = HetuCostModel(profile, cluster, constants)
-    stages = [StageTiming(model, plan, stage) for stage in range(plan.pipeline_parallel_size)]
+    model = for_schedule(HetuCostModel(profile, cluster, constants), plan.schedule)
+    assert isinstance(model, HetuCostModel)
+    stages = [StageTiming(model, plan, stage) for stage in range(len(plan.stages))]
     work = [
         _Work(
             forward=stage.forward(first=False),
@@ -254,14 +257,53 @@ def simulate(
         )
         for stage in stages
     ]
+    if plan.schedule == "zero_bubble":
+        work = _with_split_backward(work, model, plan)
     if detail == "stage":
         work = [_without_rows(item) for item in work]
     p2p = [(after.border[0], before.border[1]) for before, after in zip(stages[:-1], stages[1:], strict=True)]
-    schedule = Setting.of(plan).schedule
-    orders = action_lists(schedule, len(stages), plan.num_microbatches)
-    actions, transfers = _run(orders, work, [stage.final() for stage in stages], p2p, overlap_p2p=False)
+    ranks = plan.pipeline_parallel_size
+    orders = action_lists(plan.schedule, ranks, plan.num_microbatches, plan.virtual_stages)
+    final = [_joined([stages[stage].final() for stage in plan.stages_of_rank(rank)]) for rank in range(ranks)]
+    actions, transfers = _run(orders, work, final, p2p, overlap_p2p=False)
     predicted = predict(model, plan).iteration_time
-    return Simulation(schedule, plan.num_microbatches, actions, transfers, predicted)
+    return Simulation(plan.schedule, plan.num_microbatches, actions, transfers, predicted)
+
+
+def _joined(bodies: Sequence[Body]) -> Body:
+    """Bodies one after another."""
+    seconds, pieces = 0.0, []
+    for body in bodies:
+        pieces += [_later(piece, seconds) for piece in body.pieces]
+        seconds += body.seconds
+    return Body(seconds, tuple(pieces))
+
+
+def _later(piece: Piece, seconds: float) -> Piece:
+    """A piece of a body that begins later."""
+    return piece._replace(start=piece.start + seconds, end=piece.end + seconds)
+
+
+def _with_split_backward(work: Sequence[_Work], model: HetuCostModel, plan: HybridPlan) -> list[_Work]:
+    """The work of all stages with the two parts of their backward, each as one event."""
+    setting, strategies = Setting.of(plan), [strategy for _, strategy in plan.rows()]
+    second = weight_seconds(model, plan, [stage_report(model, plan, stage) for stage in range(len(plan.stages))])
+    assert second is not None
+    found = []
+    for stage, (item, weight) in enumerate(zip(work, second, strict=True)):
+        once = item.last_backward.seconds - item.backward.seconds
+        freed = sum(size for _, size in item.backward.memory)
+        whole = runs_whole(model, setting, strategies, stage)
+        first_part, second_part = (freed, 0.0) if whole else (0.0, freed)
+        found.append(
+            replace(
+                item,
+                backward_input=_one_piece("backward of input", item.backward.seconds - weight, first_part),
+                backward_weight=_one_piece("backward of weights", weight, second_part),
+                last_weight=_one_piece("backward of weights", weight + once, second_part),
+            )
+        )
+    return found
 
 
 def _without_rows(work: _Work) -> _Work:

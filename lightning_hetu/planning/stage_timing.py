@@ -3,11 +3,11 @@
 Only the order is decided here; every duration is a price, and together they are what the cost model charges.
 
 * A forward receives its input (the input's share of ``stage_border``, gathering on arrival included). Then, row by row:
-  relayout towards fewer batch shards, the gather of ``zero3`` beside the forward, the tensor-parallel reductions of
-  forward, half of ``runtime``.
+  relayout towards fewer batch shards, the gather of ``zero3`` beside the forward, the tensor-parallel reductions and
+  the exchanges of a cut sequence of forward, half of ``runtime``.
 * A backward receives its gradients (the output's share of ``stage_border``). Then, rows last to first: the gather of
   ``zero3``, recomputation, backward and gradient reduction, side by side as far as the cost model overlaps them; the
-  other tensor-parallel reductions, the other half of ``runtime``, relayout towards more batch shards.
+  other tensor-parallel reductions and exchanges, the other half of ``runtime``, relayout towards more batch shards.
 * What is paid once per step: gathers of ``zero2`` in the first forward; reductions in the last backward, whose result
   is sent when they are done, since FSDP2 waits for them at the end of a backward; the optimizer at the end of a stage.
 
@@ -32,6 +32,7 @@ _PLACED_PARTS = frozenset(
         "forward",
         "backward",
         "tensor_parallel",
+        "sequence_parallel",
         "parameter_gather",
         "stage_border",
         "runtime",
@@ -50,6 +51,7 @@ class _RowTimes(NamedTuple):
     recompute: float
     backward: float
     tensor: tuple[float, float]  # forward, backward
+    sequence: tuple[float, float]  # forward, backward
     relayout: tuple[float, float]
     runtime: float  # per direction
     other: float  # per direction
@@ -168,18 +170,6 @@ class StageTiming:
         received = self.model.row_cost(row, self.stage, self.strategies[row], longer).parts["stage_border"]
         return received, first - received
 
-    def _tensor(self, row: int, strategy: LayerStrategy, seconds: float) -> tuple[float, float]:
-        """Tensor-parallel reductions of forward and of backward."""
-        c = self.model.constants
-        if row == 0:
-            return seconds, 0.0  # An embedding reduces what it looked up.
-        if row > self.model.num_layers:
-            return 0.0, seconds  # A head reduces the gradient of its input.
-        later = c.tp_backward_reduces + (c.tp_recompute_reduces if strategy.recompute else 0)
-        total = c.tp_forward_reduces + later
-        forward = seconds * c.tp_forward_reduces / total if total else 0.0
-        return forward, seconds - forward
-
     def _row_times(self, report: StageReport, serial: StageReport, index: int) -> _RowTimes:
         row = self.rows[index]
         strategy, cost, alone = self.strategies[row], report.costs[index], serial.costs[index].parts
@@ -205,7 +195,8 @@ class StageTiming:
             forward=forward,
             recompute=recompute,
             backward=cost.parts["backward"] - recompute,
-            tensor=self._tensor(row, strategy, cost.parts["tensor_parallel"]),
+            tensor=self.model.tensor_times(row, strategy, self.setting),
+            sequence=self.model.sequence_times(row, strategy, self.setting),
             relayout=(relayout, 0.0) if to_fewer else (0.0, relayout),
             runtime=cost.parts["runtime"] / 2,
             other=other / 2,
@@ -248,6 +239,7 @@ class StageTiming:
             compute = [(f"{name} forward", times.forward)]
             out.beside(row, compute, (f"{name} gather", gather), ("", (0.0, 0.0)))
             out.add("tensor_parallel", f"{name} all-reduce", row, times.tensor[0])
+            out.add("tensor_parallel", f"{name} sequence", row, times.sequence[0])
             out.add("compute", f"{name} runtime", row, times.runtime)
             out.add("compute", f"{name} other", row, times.other)
             out.remember(times.kept)
@@ -264,6 +256,7 @@ class StageTiming:
             compute = [(f"{name} recompute", times.recompute), (f"{name} backward", times.backward)]
             out.beside(row, compute, (f"{name} gather", times.gather_backward), (f"{name} reduce", reduce))
             out.add("tensor_parallel", f"{name} all-reduce", row, times.tensor[1])
+            out.add("tensor_parallel", f"{name} sequence", row, times.sequence[1])
             out.add("compute", f"{name} runtime", row, times.runtime)
             out.add("compute", f"{name} other", row, times.other)
             out.add("tensor_parallel", f"{name} relayout", row, times.relayout[1])

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lightning_hetu.parallel.megatron_sequence import sequence_parallel_degrees
-from lightning_hetu.parallel.sequence_attention import attention_degrees
+from lightning_hetu.parallel.tokenwise import attention_degrees
 from lightning_hetu.profiling._case import LayerCase
 
 
@@ -33,6 +33,8 @@ def with_sequence_degrees(
 
     given = tree_map(one_sample, arguments)
     with case.autocast():
-        ulysses, context = attention_degrees(lambda args, kwargs: case.module(*args, **kwargs), given, name, limit)
+        found = attention_degrees(case.module, given, name, limit)
+    if found is None:
+        return case
     megatron = sequence_parallel_degrees(root, name, case.tp_degrees)
-    return replace(case, sequence_degrees=megatron, ulysses_degrees=ulysses, context_degrees=context)
+    return replace(case, sequence_degrees=megatron, ulysses_degrees=found.ulysses, context_degrees=found.context)

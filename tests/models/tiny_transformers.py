@@ -84,6 +84,7 @@ def tiny_batch(kind: str, samples: int, seed: int = 0) -> dict[str, torch.Tensor
     tokens = torch.randint(3, VOCABULARY, (samples, TEXT), generator=generator)
     length = torch.randint(TEXT // 2, TEXT + 1, (samples, 1), generator=generator)
     mask = (torch.arange(TEXT) < length).long()
-    labels = tokens if kind not in ("t5", "bart") else torch.randint(3, VOCABULARY, (samples, TEXT // 2), generator=generator)
-    ignored = mask == 0 if kind not in ("t5", "bart") else torch.arange(TEXT // 2) >= length // 2
+    answers = kind in ("t5", "bart")  # shorter than what they answer to
+    labels = torch.randint(3, VOCABULARY, (samples, TEXT // 2), generator=generator) if answers else tokens
+    ignored = torch.arange(TEXT // 2) >= length // 2 if answers else mask == 0
     return {"input_ids": tokens, "attention_mask": mask, "labels": labels.masked_fill(ignored, -100)}

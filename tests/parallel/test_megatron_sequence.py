@@ -290,10 +290,10 @@ def test_models_that_cannot_be_cut_are_refused(block: Any, plan: str, words: lis
 
 
 def test_layers_and_degrees_are_found() -> None:
-    """Norms, dropouts and the modules that gather."""
+    """Norms, and the modules that gather."""
     model = test_executor.Model()
     found = sequence_regions(model, "model.blocks.1")
-    assert found == SequenceRegions(("attention", "mlp"), ("attention_norm", "mlp_norm"), ("dropout",))
+    assert found == SequenceRegions(("attention", "mlp"), ("attention_norm", "mlp_norm"))
     assert sequence_parallel_degrees(model, "model.blocks.1", (1, 2, 4)) == (2, 4)
     assert sequence_parallel_degrees(model, "model.head", (1, 2, 4)) == ()
 

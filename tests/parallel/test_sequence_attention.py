@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from lightning_hetu.parallel.build import build_module, check_plan_fits_model
 from lightning_hetu.parallel.mesh import PlanMesh
-from lightning_hetu.parallel.sequence_attention import attention_degrees, check_tokenwise
 from lightning_hetu.parallel.structure import find_structure
+from lightning_hetu.parallel.tokenwise import attention_degrees, check_tokenwise
 from lightning_hetu.planning.layer_strategy import LayerStrategy
 from lightning_hetu.planning.plan import HybridPlan
 from tests.parallel import test_executor, test_forward
@@ -41,7 +41,8 @@ class Attention(nn.Module):
         mixed = F.scaled_dot_product_attention(
             query, key, value, mask, is_causal=self.causal, enable_gqa=self.groups < HEADS
         )
-        return x + self.drop(mixed.transpose(1, 2).flatten(2))
+        mixed = F.dropout(mixed.transpose(1, 2).flatten(2), self.drop.p, self.training)
+        return x + self.drop(mixed)
 
 
 class Blocks(nn.Module):
@@ -183,10 +184,20 @@ class Odd(Attention):
     def __init__(self, way: str) -> None:
         super().__init__()
         self.way = way
+        self.hides = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH))
+        nn.init.zeros_(self.hides[1].weight), nn.init.zeros_(self.hides[1].bias)
 
     def forward(self, x: Tensor, angles: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         if self.way == "counts":  # positions of its own, which a part would count from zero
             x = x + torch.arange(x.shape[1])[None, :, None]
+        elif self.way == "rotates":  # from the first position on, wherever the part begins
+            angles = torch.arange(x.shape[1])[None, :, None] * torch.ones(WIDTH // HEADS)
+        elif self.way == "windows":
+            x = x + self.query(x).unflatten(1, (2, -1)).mean(2).repeat_interleave(x.shape[1] // 2, 1)
+        elif self.way == "hidden":  # behind a projection that begins with zeros
+            x = x + 0.0 * x.cumsum(1) + nn.Identity()(self.hides(x.cumsum(1)))
+        elif self.way == "objects":
+            assert x.shape[1] == 8, "8 tokens are wanted"
         elif self.way == "mixes":
             x = x.cumsum(1)
         elif self.way == "other":
@@ -205,11 +216,15 @@ class Odd(Attention):
 @pytest.mark.parametrize(
     ("way", "words"),
     [
+        ("rotates", ["every token by itself"]),
+        ("windows", ["every token by itself"]),
+        ("hidden", ["every token by itself"]),
+        ("objects", ["cannot run on a part of the sequence (AssertionError: 8 tokens are wanted)"]),
         ("counts", ["every token by itself"]),
         ("mixes", ["every token by itself"]),
         ("bias", ["every token by itself"]),
         ("pools", ["every token by itself"]),
-        ("other", ["attends to other tokens"]),
+        ("other", ["attends among [1, 1, 4, 16] where it is given 8 tokens"]),
         ("none", ["calls no scaled_dot_product_attention"]),
         ("flat", ["given a tensor of shape [8, 16] first"]),
     ],
@@ -219,9 +234,9 @@ def test_blocks_that_cannot_be_cut_are_found(way: str, words: list[str]) -> None
     block = Odd(way)
     shape = (8, WIDTH) if way == "flat" else (2, 8, WIDTH)
     arguments = ((torch.randn(shape),), {})
-    assert attention_degrees(lambda args, kwargs: block(*args, **kwargs), arguments, "blocks.0", 8) == ((), ())
+    assert attention_degrees(block, arguments, "blocks.0", 8) is None
     with pytest.raises(ValueError) as error:
-        check_tokenwise(lambda args, kwargs: block(*args, **kwargs), arguments, "blocks.0")
+        check_tokenwise(lambda args, kwargs: block(*args, **kwargs), arguments, "blocks.0", block)
     message = str(error.value)
     assert all(word in message for word in ["blocks.0", "sp", *words]) and "\n" not in message, message
 
@@ -233,11 +248,11 @@ def test_blocks_that_cannot_be_cut_are_found(way: str, words: list[str]) -> None
         (2, True, False, 12, ((2, 4), (2,))),  # heads of keys are repeated, pieces of the ring are equal
         (4, False, True, 16, ((2, 4), ())),  # a ring has no mask
         (4, True, False, 6, ((2,), ())),
-        (4, True, False, 2, ((), ())),
+        (4, True, False, 2, None),
     ],
 )
 def test_degrees_are_found(
-    groups: int, causal: bool, masked: bool, length: int, expected: tuple[tuple[int, ...], tuple[int, ...]]
+    groups: int, causal: bool, masked: bool, length: int, expected: tuple[tuple[int, ...], tuple[int, ...]] | None
 ) -> None:
     """They divide the heads, and the sequence where they must; the random state is what it was."""
     block = Attention(groups, causal)
@@ -248,14 +263,8 @@ def test_degrees_are_found(
         (torch.randn(1, length, WIDTH, generator=torch.Generator().manual_seed(0)),),
         {"angles": angles, "mask": mask},
     )
-    found = attention_degrees(lambda args, kwargs: block(*args, **kwargs), arguments, "block", 8)
-    assert found == expected
+    assert attention_degrees(block, arguments, "block", 8) == expected
     assert torch.equal(torch.get_rng_state(), before)
-    # wrong on purpose: positions that are not cut
-    wrong = attention_degrees(
-        lambda args, kwargs: block(args[0], angles[:, : args[0].shape[1]], None), arguments, "block", 8
-    )
-    assert wrong == ((), ())
 
 
 def refusal(rank: int, way: str, row: str) -> str:

@@ -173,7 +173,7 @@ def test_what_embedding_and_head_cannot_have_in_the_format_is_refused(change: di
 
 
 def test_a_type_of_data_parallelism_over_sequence_ranks_alone_is_refused(tmp_path: Path) -> None:
-    """Without data parallelism, the format knows replicated and fully sharded states only."""
+    """For embedding and head without data parallelism, a file knows replicated and fully sharded states only."""
     plan = HybridPlan.uniform("sp4-zero2", num_layers=2, global_batch_size=2)
     with pytest.raises(ValueError, match=r"plan.embedding=sp4-zero2: the format cannot say that.*sp4-ddp"):
         write_galvatron_plan(plan, tmp_path / "plan.json")

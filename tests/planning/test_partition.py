@@ -210,7 +210,7 @@ def test_the_search_equals_every_cut(first: int) -> None:
 
 def test_a_number_of_stages_leaves_the_cut_free() -> None:
     profile, cluster = two_types(HEAVY_FIRST), ClusterSpec.from_bandwidth(2, gigabytes_per_second=10)
-    options = {"memory_budget": "40GiB", "global_batch_size": 8, "num_microbatches": 4}
+    options = {"memory_budget": "40GiB", "global_batch_size": 8, "num_microbatches": 4, "schedule": "1f1b"}
     assert search(profile, cluster, stages=2, **options).stages == (5, 11)
     assert search(profile, cluster, stages=[8, 8], **options).stages == (8, 8)
 

@@ -66,7 +66,8 @@ def check_against_every_plan(seed: int, num_devices: int, num_layers: int, batch
     peaks = sorted(peak for _, peak in plans)
     for budget in (peaks[0], peaks[len(peaks) // 20], peaks[len(peaks) // 4], peaks[-1]):
         best = min(time for time, peak in plans if peak <= budget)
-        plan = search(profile, cluster, memory_budget=budget, global_batch_size=batch, alternatives=False)
+        options = {"global_batch_size": batch, "alternatives": False, "schedule": "1f1b"}
+        plan = search(profile, cluster, memory_budget=budget, **options)
         assert plan.prediction is not None
         assert plan.prediction.iteration_time == pytest.approx(best, rel=1e-9)
         assert max(plan.prediction.stage_memory) <= budget
@@ -256,7 +257,9 @@ def test_without_a_batch_size_the_best_throughput_wins() -> None:
 def test_breakdowns_add_up_to_the_prediction() -> None:
     """Categories of memory sum to the stage's peak, parts of time to the stage's time."""
     profile = transformer(8)
-    plan = search(profile, CLUSTER, memory_budget="30GiB", global_batch_size=16, pipeline_parallel_size=2)
+    plan = search(
+        profile, CLUSTER, memory_budget="30GiB", global_batch_size=16, pipeline_parallel_size=2, schedule="1f1b"
+    )
     assert plan.prediction is not None
     for stage in range(2):
         memory = memory_breakdown(plan, profile, CLUSTER, stage)

@@ -38,7 +38,8 @@ from helpers import MIB, random_cluster, random_model  # noqa: E402
 SCHEDULES: tuple[tuple[PipelineSchedule, int], ...] = (
     ("1f1b", 1),
     ("gpipe", 1),
-    ("zb_h1", 1),
+    ("zero_bubble", 1),
+    ("zero_bubble", 2),
     ("interleaved_1f1b", 1),
     ("interleaved_1f1b", 3),
 )
@@ -83,7 +84,7 @@ def test_equal_stages_take_what_the_papers_say(num_stages: int, num_microbatches
         assert found.peak_in_flight == tuple(held)
     # Of the bubble (P - 1)(F + B + W) only (P - 1)(F + B - W) is left, with no more microbatches in flight.
     split = simulate_pipeline(
-        one, two, num_microbatches=num_microbatches, schedule="zb_h1", weight_seconds=[1.0] * num_stages
+        one, two, num_microbatches=num_microbatches, schedule="zero_bubble", weight_seconds=[1.0] * num_stages
     )
     assert split.iteration_time == pytest.approx(3 * num_microbatches + num_stages - 1)
     assert max(split.peak_in_flight) == num_stages
@@ -110,7 +111,13 @@ def test_the_order_of_a_small_pipeline() -> None:
 
     assert text("1f1b", 3, 4) == ["F0 F1 F2 B0 F3 B1 B2 B3", "F0 F1 B0 F2 B1 F3 B2 B3", "F0 B0 F1 B1 F2 B2 F3 B3"]
     assert text("gpipe", 2, 2) == ["F0 F1 B0 B1"] * 2
-    assert text("zb_h1", 2, 3) == ["F0 F1 I0 W0 F2 I1 W1 I2 W2", "F0 I0 F1 I1 W0 F2 I2 W1 W2"]
+    assert text("zero_bubble", 2, 4) == [
+        "F0 F1 I0 W0 F2 I1 W1 F3 I2 W2 I3 W3",
+        "F0 I0 F1 I1 W0 F2 I2 W1 F3 I3 W2 W3",
+    ]
+    assert text("zero_bubble", 2, 2, 2) == ["F0 F1 F0' F1' I0' W0' I1' W1' I0 W0 I1 W1"] + [
+        "F0 F1 F0' I0' F1' I1' W0' I0 W1' I1 W0 W1"
+    ]
     assert text("interleaved_1f1b", 2, 4, 2) == [
         "F0 F1 F0' F1' F2 B0' F3 B1' F2' B0 F3' B1 B2' B3' B2 B3",
         "F0 F1 F0' B0' F1' B1' F2 B0 F3 B1 F2' B2' F3' B3' B2 B3",
@@ -123,7 +130,9 @@ def test_every_action_is_there_once_and_in_order(schedule: PipelineSchedule, chu
     for num_stages in (1, 2, 3, 5):
         for num_microbatches in (num_stages, 2 * num_stages, 4 * num_stages):
             for order in action_lists(schedule, num_stages, num_microbatches, chunks):
-                kinds = ["forward"] + (["backward_input", "backward_weight"] if schedule == "zb_h1" else ["backward"])
+                kinds = ["forward"] + (
+                    ["backward_input", "backward_weight"] if schedule == "zero_bubble" else ["backward"]
+                )
                 expected = {Action(k, m, c) for k in kinds for m in range(num_microbatches) for c in range(chunks)}  # type: ignore[arg-type]
                 assert len(order) == len(expected) and set(order) == expected
                 for action in expected:
@@ -429,6 +438,7 @@ def test_plans_that_the_search_finds(seed: int) -> None:
             global_batch_size=16,
             alternatives=False,
             pipeline_parallel_size=stages,
+            schedule="1f1b",
         )
         found = check_prices(plan, profile, devices, HetuConstants())
         assert found.predicted_time == evaluate(plan, profile, devices).iteration_time
