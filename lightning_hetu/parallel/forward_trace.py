@@ -29,7 +29,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 from lightning_hetu.parallel.batch import batch_samples
 from lightning_hetu.parallel.pipeline_mixin import PipelineMixin, call_model
 from lightning_hetu.parallel.structure import ModelStructure, children_of, children_of_one_class
-from lightning_hetu.parallel.transformers_compat import disable_caches, forget_fake_tensors, use_batched_experts
+from lightning_hetu.parallel.transformers_compat import (
+    collects_router_logits,
+    disable_caches,
+    forget_fake_tensors,
+    use_batched_experts,
+)
 
 _SAMPLES = (2, 3)
 """Batch sizes of the two runs: what grows with them has the batch in dimension 0."""
@@ -126,6 +131,11 @@ def trace_structure(module: nn.Module, inputs: Any, blocks: str | None = None) -
     except AttributeError:
         raise ValueError(f"pipeline_model={path!r}: {type(module).__name__} has no such module.") from None
     disable_caches(model)
+    if collects_router_logits(model):
+        raise UncuttableModelError(
+            f"{type(model).__name__} has output_router_logits=True: its loss needs what the routers of all blocks say,"
+            " so it cannot be cut. Set it to False, or go on with one stage."
+        )
     names = None
     if blocks is not None:
         full = [name for container in blocks.split(",") for name in children_of(module, container.strip())]

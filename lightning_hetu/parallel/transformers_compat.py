@@ -27,6 +27,12 @@ def disable_caches(model: nn.Module) -> None:
             config.use_cache = False  # type: ignore[union-attr]
 
 
+def collects_router_logits(model: nn.Module) -> bool:
+    """Whether a loss has a term over what routers said of all tokens, which leaves the blocks by the side."""
+    configs = (getattr(module, "config", None) for module in model.modules())
+    return any(getattr(config, "output_router_logits", False) for config in configs)
+
+
 def use_batched_experts(copied: nn.Module) -> None:
     """Lets the experts of a copy run on fake tensors: the product they use otherwise has bf16 only there.
 

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_map
 
 from lightning_hetu.parallel.megatron_sequence import sequence_parallel_degrees
 from lightning_hetu.parallel.tokenwise import attention_degrees
+from lightning_hetu.parallel.transformers_compat import collects_router_logits
 from lightning_hetu.profiling._case import LayerCase
 
 
@@ -25,6 +26,8 @@ def with_sequence_degrees(
         arguments: Positional and keyword arguments that the block is called with.
         limit: Largest degree of interest.
     """
+    if collects_router_logits(root):
+        return case
     rows = case.rows or case.batch
 
     def one_sample(value: Any) -> Any:

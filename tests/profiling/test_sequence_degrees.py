@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_hetu.parallel.forward_trace import trace_structure
+from lightning_hetu.parallel.forward_trace import UncuttableModelError, trace_structure
 from lightning_hetu.parallel.structure import ModelStructure, find_structure
 from lightning_hetu.planning.profile import ModelProfile
-from lightning_hetu.profiling import estimate_model, profile_model
+from lightning_hetu.profiling import estimate_model, profile_model, profile_step
 from tests.parallel import test_executor, test_forward
 
 
@@ -58,6 +58,19 @@ def test_kinds_of_blocks_differ() -> None:
     profile = profile_model(module, structure, inputs, target, batch_sizes=[1], repeats=1, max_tp=4)
     found = [profile.block(index).ulysses_degrees for index in range(profile.num_layers)]
     assert found == [(), (2, 4), (2, 4), (), (), ()]
+
+
+def test_experts_with_a_loss_of_their_own_are_not_cut() -> None:
+    """It is over what the routers of all tokens say."""
+    module, structure, inputs, target = case_of("qwen3-moe")
+    profile = estimate_model(module, structure, inputs, target, device="H100-80GB", max_tp=4)
+    assert [row.ulysses_degrees for row in profile.layer_types] == [(2, 4)]
+    module.model.config.output_router_logits = True
+    with pytest.raises(UncuttableModelError, match="Qwen3MoeForCausalLM has output_router_logits=True"):
+        trace_structure(module, inputs)
+    blocks = ModelStructure(tuple(f"model.model.layers.{index}" for index in range(5)))
+    whole = profile_step(module, blocks, lambda batch: module.model(**batch).loss, inputs, max_tp=4, repeats=1)
+    assert {(row.sequence_degrees, row.ulysses_degrees) for row in whole.layer_types} == {((), ())}
 
 
 def test_blocks_that_count_positions_are_not_cut() -> None:
