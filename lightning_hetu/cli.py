@@ -23,10 +23,11 @@ from jsonargparse import auto_cli
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 import lightning_hetu
 from lightning_hetu.parallel.consolidate import consolidate
-from lightning_hetu.planning.picture import save_picture
+from lightning_hetu.planning.picture import check_picture_name, save_picture
 from lightning_hetu.strategies._offline import Target, comparison, plan_offline
 from lightning_hetu.strategies.auto import AutoHybridParallelStrategy
 
@@ -77,6 +78,8 @@ class HetuTrainer(Trainer):
                 default 90 percent of its memory.
         """
         strategy = self._auto_strategy("plan")
+        if picture is not None:
+            check_picture_name(picture)
         if cluster is None and not compare:
             if memory_budget is not None:
                 raise ValueError(
@@ -90,6 +93,11 @@ class HetuTrainer(Trainer):
             if explain and strategy.cost_breakdown is not None:
                 print(strategy.cost_breakdown())
             return
+        if strategy.request.memory_budget is not None and memory_budget is None:
+            rank_zero_info(
+                f"memory_budget={strategy.request.memory_budget} of the strategy is for this machine; the clusters have"
+                " 90 percent of their memory, or what --memory_budget says."
+            )
         names = [*([] if cluster is None else [cluster]), *(compare or [])]
         targets = [Target.parse(name, memory_budget) for name in names]
         plans = plan_offline(self, model, datamodule, strategy.request, targets)

@@ -91,6 +91,8 @@ class PlanMonitor(Callback):
             line = "peak memory per stage: measured " + ", ".join(format_bytes(peak) for peak in self.stage_memory)
             if expected is not None:
                 line += "; predicted " + ", ".join(format_bytes(peak) for peak in expected.stage_memory)
+                if expected.memory_budget is not None and max(self.stage_memory) > expected.memory_budget:
+                    line += f"; over the budget of {format_bytes(expected.memory_budget)}"
             lines.append(line)
         return "\n".join(lines)
 

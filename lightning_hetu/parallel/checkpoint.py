@@ -102,12 +102,30 @@ def save_folder(state: dict[str, Any], metadata: Mapping[str, Any], plan_json: s
             shutil.rmtree(partial, ignore_errors=True)
         raise
     if rank == 0:
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.exists():
-            path.unlink()
-        partial.rename(path)
-    torch.distributed.barrier()
+        try:
+            _replace(path, partial)
+        except OSError as error:
+            problem = str(error)
+    _raise_together(problem, path)
+
+
+def _replace(path: Path, new: Path) -> None:
+    """Gives ``new`` the name ``path``; what was there is removed when that has succeeded."""
+    old = path.with_name(path.name + ".old")
+    if not path.exists():
+        new.rename(path)
+        return
+    shutil.rmtree(old, ignore_errors=True)
+    path.rename(old)
+    try:
+        new.rename(path)
+    except OSError:
+        old.rename(path)
+        raise
+    if old.is_dir():
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        old.unlink()
 
 
 def load_folder(

@@ -78,7 +78,7 @@ def attention_degrees(block: nn.Module, arguments: Arguments, name: str, limit: 
     try:
         calls = check_tokenwise(lambda args, kwargs: block(*args, **kwargs), arguments, name, block)
     except ValueError as error:
-        _log.debug("no sp and cp: %s", error)
+        _log.info("no sp and cp: %s", error)
         return None
     tokens = first_activation(arguments, name)
     others = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor) and leaf is not tokens]

@@ -96,11 +96,10 @@ def rejected_alternatives(
         schedules: The best plan of every other schedule that was tried.
     """
     assert plan.prediction is not None  # The caller has just predicted it.
-    chosen = plan.prediction.iteration_time
     uniform = () if pins.simulated else uniform_plans(model, plan.global_batch_size, pins)
     priced = [(p, predict(model, p, memory_budget=budget)) for p in uniform]
     rejected = [
-        _rejected(item.plan.schedule, item.plan, item.prediction, chosen, budget, fits=item.peak <= budget)
+        _rejected(item.plan.schedule, item.plan, item.prediction, plan, budget, fits=item.peak <= budget)
         for item in schedules
     ]
     seen: set[HybridPlan] = set()
@@ -117,16 +116,20 @@ def rejected_alternatives(
         if best in seen or best == same:
             continue
         seen.add(best)
-        rejected.append(_rejected(name, best, prediction, chosen, budget, fits=bool(fits)))
+        rejected.append(_rejected(name, best, prediction, plan, budget, fits=bool(fits)))
     infinite = float("inf")
     return tuple(sorted(rejected, key=lambda r: infinite if r.iteration_time is None else r.iteration_time))
 
 
 def _rejected(
-    name: str, plan: HybridPlan, prediction: PlanPrediction, chosen: float, budget: int, *, fits: bool
+    name: str, plan: HybridPlan, prediction: PlanPrediction, other: HybridPlan, budget: int, *, fits: bool
 ) -> RejectedPlan:
-    memory = max(prediction.stage_memory)
+    """What is said of a plan, where another one is chosen."""
+    assert other.prediction is not None  # The caller has just predicted it.
+    chosen, memory = other.prediction.iteration_time, max(prediction.stage_memory)
     description = f"{name}: {short_description(plan)}"
+    if (plan.stages, plan.layers, plan.num_microbatches) == (other.stages, other.layers, other.num_microbatches):
+        description += f", embedding {plan.embedding}, head {plan.head}"
     if not fits:
         reason = f"out of memory: needs {format_bytes(memory)} of {format_bytes(budget)}"
         return RejectedPlan(description, reason, None, memory)

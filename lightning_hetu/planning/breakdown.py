@@ -15,6 +15,7 @@ from lightning_hetu.planning.units import format_bytes, format_seconds
 
 _SHOWN_STAGES = 8
 """Of more stages, the first and the last ones are shown."""
+_ROUNDING = 1e-12
 
 
 def breakdown(
@@ -33,7 +34,7 @@ def breakdown(
         ValueError: If plan, profile and cluster do not belong together.
     """
     model = build_cost_model(profile, cluster, cost_model, constants=constants)
-    stages = _shown(plan.pipeline_parallel_size)
+    stages = _shown(len(plan.stages))
     times = [time_breakdown(plan, profile, cluster, stage, model) for stage in stages]
     sizes = [memory_breakdown(plan, profile, cluster, stage, model) for stage in stages]
     names = list(dict.fromkeys(name for parts in times for name in parts))
@@ -66,6 +67,7 @@ def _table(
     lines = [[title, *(f"stage {stage}" for stage in stages)]]
     for name in names:
         values = [part.get(name, 0.0) for part in parts]
+        values = [value if abs(value) > _ROUNDING else 0.0 for value in values]
         if any(values):
             shown = name.removesuffix("_per_step").replace("_", " ")
             lines.append([shown, *(text(value) if value else "-" for value in values)])

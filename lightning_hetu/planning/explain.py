@@ -51,10 +51,12 @@ def _header(plan: HybridPlan) -> list[str]:
     budget = "" if prediction.memory_budget is None else f", budget {format_bytes(prediction.memory_budget)} per device"
     lines.append(f"predicted step {format_seconds(time)}{rate}{budget} (cost model {prediction.cost_model})")
     if stages > 1:
-        balance = [balance_degree(loads) for loads in (prediction.stage_times, prediction.stage_memory)]
-        lines.append(
-            f"balance of the stages: time {balance[0]:.3f}, memory {balance[1]:.3f}, best {1 - 1 / stages:.3f}"
-        )
+        ranks = plan.pipeline_parallel_size
+        times = [sum(prediction.stage_times[stage] for stage in plan.stages_of_rank(rank)) for rank in range(ranks)]
+        # Every stage of a rank has the memory of the whole rank.
+        balance = [balance_degree(loads) for loads in (times, prediction.stage_memory[:ranks])]
+        what = "ranks" if plan.virtual_stages > 1 else "stages"
+        lines.append(f"balance of the {what}: time {balance[0]:.3f}, memory {balance[1]:.3f}, even {1 - 1 / ranks:.3f}")
     return lines
 
 
@@ -132,7 +134,8 @@ def _stage_total(plan: HybridPlan, stage: int) -> tuple[str, ...]:
     prediction = plan.prediction
     assert prediction is not None  # The caller asks for totals only where there is a prediction.
     peak = prediction.stage_memory[stage]
-    text = f"peak {format_bytes(peak)}"
+    rank = f" of rank {stage % plan.pipeline_parallel_size}" if plan.virtual_stages > 1 else ""
+    text = f"peak{rank} {format_bytes(peak)}"
     if prediction.memory_budget:
         text += f" ({peak / prediction.memory_budget:.1%} of budget)"
     return f"stage {stage} total", str(stage), "", format_seconds(prediction.stage_times[stage]), text

@@ -59,6 +59,18 @@ class _Dashes:
 _Shape = _Box | _Words | _Dashes
 
 
+def check_picture_name(path: str | Path) -> Path:
+    """The path, if a picture can be saved under it.
+
+    Raises:
+        ValueError: If it ends in no known format.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in _FORMATS:
+        raise ValueError(f"picture={str(path)!r}: expected a name that ends in {' or '.join(_FORMATS)}.")
+    return path
+
+
 def save_picture(plan: HybridPlan, path: str | Path) -> Path:
     """Draws a plan as an SVG or a PNG file and returns its path; PNG needs matplotlib.
 
@@ -66,9 +78,7 @@ def save_picture(plan: HybridPlan, path: str | Path) -> Path:
         ValueError: If the name ends in neither.
         ImportError: If matplotlib is not there.
     """
-    path = Path(path)
-    if path.suffix.lower() not in _FORMATS:
-        raise ValueError(f"picture={str(path)!r}: expected a name that ends in {' or '.join(_FORMATS)}.")
+    path = check_picture_name(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix.lower() == ".svg":
         path.write_text(svg(plan), encoding="utf-8")

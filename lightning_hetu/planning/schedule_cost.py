@@ -152,8 +152,7 @@ class ScheduleCostModel(HetuCostModel):
     def weight_seconds(self, strategy: LayerStrategy, cost: RowCost, *, whole: bool) -> float:
         """Seconds per microbatch of a row in the second part of backward."""
         reduce = cost.parts.get("gradient_reduce", 0.0)
-        computing = cost.parts["backward"] - (cost.parts["forward"] if strategy.recompute else 0.0)
-        return reduce + (0.0 if whole else WEIGHT_SHARE * computing)
+        return reduce + (0.0 if whole else WEIGHT_SHARE * cost.parts["backward"])
 
     def waiting_gradients(self, row: int, strategy: LayerStrategy, setting: Setting) -> float:
         """Bytes of a row's full gradients from its backward until they are reduced, where they are not kept anyway."""

@@ -389,6 +389,39 @@ def _layout(strategy: LayerStrategy) -> tuple[int, int, int, int, bool]:
     return strategy.dp, strategy.tp, strategy.sp, strategy.cp, strategy.sequence_parallel
 
 
+def _impossible_degree(model: CostModel, batch: int | None, pins: Pins) -> str | None:
+    """One line on a pinned degree or schedule that the model does not have, if there is one."""
+    if pins.simulated and not model.pipeline:
+        return f"schedule={pins.schedule!r}: the model has no pipeline support (PipelineMixin), so it has one stage."
+    pinned = {name: degrees for name in ("tp", "sp", "cp") if (degrees := getattr(pins, name)) is not None}
+    shown = {name: f"{name}={', '.join(map(str, degrees))}" for name, degrees in pinned.items()}
+    above = [name for name, degrees in pinned.items() if min(degrees) > 1]
+    if "tp" in above and len(above) > 1:
+        return f"{shown['tp']} with {shown[above[1]]}: no block has both, set one of them to 1."
+    if above == ["sp", "cp"]:
+        return f"{shown['sp']} with {shown['cp']}: pin layers to have both, for example layers: sp2-cp2-zero2."
+    # Whatever divides the batch: as many samples as devices, and one microbatch.
+    whole = replace(
+        pins, layers=None, embedding=None, head=None, dp=None, tp=None, sp=None, cp=None, num_microbatches=1
+    )
+    samples = max(batch or 1, model.num_devices)
+    for name in above:
+        offered = {
+            getattr(strategy, name)
+            for setting in whole.settings(model, samples)
+            for strategy in model.strategies(1, setting)
+        }
+        if not offered.intersection(pinned[name]):
+            remedy = {
+                "tp": "a tensor_parallel_plan gives it more",
+                "sp": "more needs attention by scaled_dot_product_attention, and nothing else that mixes tokens",
+                "cp": "more needs attention by scaled_dot_product_attention without a mask",
+            }[name]
+            degrees = ", ".join(map(str, sorted(offered)))
+            return f"{shown[name]}: blocks can have {degrees}; {remedy}."
+    return None
+
+
 def _runs_of_one_type(model: CostModel, first: int, last: int) -> Iterator[tuple[int, int]]:
     """Ranges of neighboring blocks of one layer type."""
     start = first
@@ -408,6 +441,9 @@ def _impossible(model: CostModel, batch: int | None, pins: Pins) -> str:
                 f"{name}={strategy} takes {strategy.num_devices} devices of a stage, but a stage of"
                 f" {model.num_devices} devices has {' or '.join(map(str, sizes))}."
             )
+    problem = _impossible_degree(model, batch, pins)
+    if problem is not None:
+        return problem
     return (
         f"global_batch_size={batch}: no plan divides it over {model.num_devices} devices with {pins}; it must be"
         " divisible by num_microbatches times the data-parallel degree of every layer, and embedding and head cannot"

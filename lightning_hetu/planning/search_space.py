@@ -197,7 +197,9 @@ class Pins:
                     f" {model.num_layers} blocks."
                 )
             if count > 1 and not model.pipeline:
-                raise ValueError(f"pipeline_parallel_size={count}: the model has no pipeline support, expected 1.")
+                raise ValueError(
+                    f"pipeline_parallel_size={count}: the model has no pipeline support (PipelineMixin), expected 1."
+                )
             return [count]
         return [
             count

@@ -21,6 +21,7 @@ from lightning_hetu.parallel.structure import ModelStructure, find_structure
 from lightning_hetu.planning import ClusterSpec, HetuConstants, HybridPlan, LayerStrategy, ModelProfile, search
 from lightning_hetu.planning.breakdown import breakdown
 from lightning_hetu.planning.profile import Precision
+from lightning_hetu.planning.search_space import Pins
 from lightning_hetu.planning.units import parse_bytes
 from lightning_hetu.profiling import (
     ProfileCache,
@@ -61,6 +62,8 @@ class PlanRequest:
             raise ValueError(
                 f"pins={self.pins!r}: expected a mapping of plan fields, for example {{'dp_type': 'zero3'}}."
             )
+        # Those of blocks and stages need the number of blocks; the others are not to be found out after profiling.
+        Pins.parse({name: pin for name, pin in self.pins.items() if name not in ("layers", "stages")}, 1)
         if self.blocks is not None and not isinstance(self.blocks, str):
             raise ValueError(f"blocks={self.blocks!r}: expected a dotted path such as 'model.layers'.")
         if not isinstance(self.profile_cache, bool | str | Path):

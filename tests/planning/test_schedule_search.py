@@ -29,6 +29,7 @@ from lightning_hetu.planning import (
     simulate_pipeline,
     time_breakdown,
 )
+from lightning_hetu.planning.breakdown import breakdown
 from lightning_hetu.planning.cost_model import CATEGORIES, Setting, optimizer_phase, stage_report
 from lightning_hetu.planning.plan import Schedule
 from lightning_hetu.planning.schedule_cost import WAITING_SHARE, ScheduleCostModel, for_schedule, runs_whole
@@ -387,5 +388,8 @@ def test_plans_are_shown(tmp_path: Path) -> None:
     plan = search(profile, cluster(), memory_budget="4GiB", global_batch_size=8, schedule="interleaved_1f1b", stages=8)
     text = plan.explain()
     assert "schedule interleaved_1f1b" in text and f"{plan.virtual_stages} per rank" in text
+    assert "peak of rank 7" in text and "balance of the ranks" in text
+    tables = breakdown(plan, profile, cluster())
+    assert all(f"stage {stage}" in tables for stage in (0, 3, 28, 31))  # the first and the last ones of many
     assert "stage 31" in save_picture(plan, tmp_path / "plan.svg").read_text(encoding="utf-8")
     assert HybridPlan.from_json(plan.to_json()) == plan

@@ -178,7 +178,10 @@ def test_sequences_are_cut_where_the_batch_cannot_be() -> None:
         ({"sp": 0}, "sp=0: expected an integer of at least 1"),
         ({"cp": "2"}, "cp='2': expected an integer"),
         ({"sequence_parallel": 1}, "sequence_parallel=1: expected true or false"),
-        ({"sp": 8}, r"global_batch_size=4: no plan divides it .* sp=\(8,\)"),
+        ({"sp": 8}, "sp=8: blocks can have 1, 2, 4; .* scaled_dot_product_attention"),
+        ({"tp": 8}, "tp=8: blocks can have 1, 2, 4; a tensor_parallel_plan gives it more"),
+        ({"sp": 2, "tp": 2}, "tp=2 with sp=2: no block has both"),
+        ({"sp": 2, "cp": 2}, "sp=2 with cp=2: pin layers to have both, for example layers: sp2-cp2-zero2"),
     ],
 )
 def test_wrong_pins_are_named(pins: dict[str, object], message: str) -> None:

@@ -82,6 +82,9 @@ def test_targets_are_read() -> None:
     [
         (("--cluster", "8xV100"), "V100"),
         (("--memory_budget", "1GiB"), "memory_budget=1GiB: expected with cluster"),
+        (("--picture", "plan.jpg"), "picture='plan.jpg': expected a name that ends in"),
+        (("--trainer.strategy.pins", "{tq: 2}"), "pin 'tq' is unknown"),
+        (("--trainer.strategy.pins", "{sp: [0]}"), "sp=0: expected an integer of at least 1"),
         (("--cluster", "2xA100-80GB", "--memory_budget", "1MiB"), "the smallest feasible memory_budget is"),
     ],
 )
