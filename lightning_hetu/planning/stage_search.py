@@ -29,7 +29,7 @@ from lightning_hetu.planning.pipeline import EVERY_MICROBATCH, ONCE_PER_STEP, St
 from lightning_hetu.planning.plan import HybridPlan
 from lightning_hetu.planning.search_space import Pins
 
-_PIPELINE_LABEL_LIMIT = 192
+_PIPELINE_LABEL_LIMIT = 96
 _TIE = 1e-9
 _DIRECTIONS: tuple[Weights, Weights] = (1.0, 0.0, 0.0, 0.0, 0.0), (0.0, 1.0, 0.0, 0.0, 0.0)
 
