@@ -241,7 +241,7 @@ class _SharedAttention(TorchFunctionMode):
         if not training or p == 0.0:
             return input
         self._check_recording()
-        tokens = self._tokens()
+        tokens = self.cut.mine(self.cut.length)
         if input.ndim > SEQUENCE and input.shape[SEQUENCE] == tokens:
             return drop_in_part(input, p, self.cut)
         if input.ndim > SEQUENCE and input.shape[SEQUENCE] > 1:
@@ -250,10 +250,6 @@ class _SharedAttention(TorchFunctionMode):
                 " [samples, tokens, ...] can be shared out. Plan it without sp and cp."
             )
         return F.dropout(input, p, training, inplace)
-
-    def _tokens(self) -> int:
-        """Tokens of this rank."""
-        return self.cut.lengths(self.cut.length)[self.cut.mesh.get_local_rank()]
 
     def attend(
         self,
@@ -292,7 +288,7 @@ class _SharedAttention(TorchFunctionMode):
         return self._to_tokens(mixed) if self.ulysses_size > 1 else mixed
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float) -> None:
-        tokens = self._tokens()
+        tokens = self.cut.mine(self.cut.length)
         if query.ndim != 4 or any(
             x.shape[TOKENS] != tokens or x.shape[0] != query.shape[0] for x in (query, key, value)
         ):

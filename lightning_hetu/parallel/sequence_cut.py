@@ -44,6 +44,10 @@ class SequenceCut:
         size = -(-length // self.ranks)
         return [max(min(size, length - size * rank), 0) for rank in range(self.ranks)]
 
+    def mine(self, length: int) -> int:
+        """Tokens of this rank."""
+        return self.lengths(length)[self.mesh.get_local_rank()]
+
     def part(self, whole: Tensor) -> Tensor:
         """This rank's part of a tensor ``[samples, sequence, ...]`` that all ranks have."""
         shared = DTensor.from_local(self._folded(whole), self.mesh, (Replicate(),), run_check=False)
@@ -118,8 +122,8 @@ class PartDropout(TorchFunctionMode):
         return self._drop(*args, **(kwargs or {})) if func is F.dropout else func(*args, **(kwargs or {}))
 
     def _drop(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        mine = self.cut.lengths(self.cut.length)[self.cut.mesh.get_local_rank()]
-        if training and p > 0.0 and input.ndim > SEQUENCE and input.shape[SEQUENCE] == mine != self.cut.length:
+        mine, whole = self.cut.mine(self.cut.length), self.cut.length
+        if training and p > 0.0 and input.ndim > SEQUENCE and input.shape[SEQUENCE] == mine != whole:
             return drop_in_part(input, p, self.cut)
         return F.dropout(input, p, training, inplace)
 
@@ -147,7 +151,7 @@ def join(cut: SequenceCut, part: Any, length: int, name: str) -> Tensor:
     Raises:
         ValueError: If it is no part of a sequence.
     """
-    mine = cut.lengths(length)[cut.mesh.get_local_rank()]
+    mine = cut.mine(length)
     if not isinstance(part, Tensor) or part.ndim < 2 or part.shape[SEQUENCE] != mine:
         found = list(part.shape) if isinstance(part, Tensor) else type(part).__name__
         raise ValueError(
