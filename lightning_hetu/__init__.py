@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from lightning_hetu.planning import ModelProfile as ModelProfile
     from lightning_hetu.planning import NoFeasiblePlanError as NoFeasiblePlanError
     from lightning_hetu.planning import search as search
+    from lightning_hetu.planning.osdp import OSDPInfeasibleError as OSDPInfeasibleError
+    from lightning_hetu.planning.osdp import OSDPPlan as OSDPPlan
     from lightning_hetu.strategies.auto import AutoHybridParallelStrategy as AutoHybridParallelStrategy
+    from lightning_hetu.strategies.osdp import OSDPStrategy as OSDPStrategy
 
 __version__ = "0.1.0"
 
@@ -34,6 +37,9 @@ _EXPORTS = {
     "LayerStrategy": "lightning_hetu.planning",
     "ModelProfile": "lightning_hetu.planning",
     "NoFeasiblePlanError": "lightning_hetu.planning",
+    "OSDPInfeasibleError": "lightning_hetu.planning.osdp",
+    "OSDPPlan": "lightning_hetu.planning.osdp",
+    "OSDPStrategy": "lightning_hetu.strategies.osdp",
     "PipelineMixin": "lightning_hetu.parallel.pipeline_mixin",
     "TextDataModule": "lightning_hetu.data",
     "TransformersModule": "lightning_hetu.models",

@@ -9,7 +9,7 @@ cannot be cut in between.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -181,9 +181,15 @@ def trace_forward(
     return _combine(model, blocks, first, second)
 
 
-def fake_copy(part: nn.Module, device: torch.device | str = "cpu") -> nn.Module:
-    """The module with fake tensors for its parameters and buffers; to be called in fake mode."""
-    memo: dict[int, Any] = {}
+def fake_copy(part: nn.Module, device: torch.device | str = "cpu", shared: Iterable[Any] = ()) -> nn.Module:
+    """The module with fake tensors for its parameters and buffers; to be called in fake mode.
+
+    Args:
+        part: The module.
+        device: Where the fake tensors claim to be.
+        shared: Objects that the copy refers to as the module does.
+    """
+    memo: dict[int, Any] = {id(item): item for item in shared}
     for tensor in chain(part.parameters(), part.buffers()):
         empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
         if isinstance(tensor, nn.Parameter):

@@ -122,14 +122,23 @@ def unsupported_callback(trainer: Trainer, plan: HybridPlan) -> str | None:
     """Why a callback of this Trainer cannot run on parameters that are distributed tensors."""
     meshes = {(row.shard_degree, row.tp, row.dp_type == "ddp") for _, row in plan.rows()}
     alike = len(meshes) == 1 and plan.pipeline_parallel_size == 1 and plan.embedding.tp == 1
+    problem = averages_whole_parameters(trainer)
+    if problem is not None:
+        return problem
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
-            return f"{type(callback).__name__} averages whole parameters, which no process has here: remove it."
         if isinstance(callback, BaseFinetuning) and not alike:
             return (
                 f"{type(callback).__name__} compares parameters one by one, which only works where all are sharded"
                 " alike: pin pipeline_parallel_size=1, max_tp=1 and dp_type='zero3'."
             )
+    return None
+
+
+def averages_whole_parameters(trainer: Trainer) -> str | None:
+    """Why a callback of this Trainer cannot run on parameters that are sharded in any way."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
+            return f"{type(callback).__name__} averages whole parameters, which no process has here: remove it."
     return None
 
 

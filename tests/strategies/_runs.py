@@ -15,9 +15,13 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hetu.models import GPTLightningModule, TransformersModule
+from lightning_hetu.parallel.osdp.discover import ROOT, find_units
 from lightning_hetu.parallel.pipeline_mixin import PipelineMixin
 from lightning_hetu.planning import HybridPlan, LayerStrategy
+from lightning_hetu.planning.osdp import OperatorPlan, OSDPPlan
+from lightning_hetu.strategies._lightning_compat import silent_logging
 from lightning_hetu.strategies.auto import AutoHybridParallelStrategy
+from lightning_hetu.strategies.osdp import OSDPStrategy
 
 VOCABULARY, LENGTH, SAMPLES = 32, 16, 16
 
@@ -232,6 +236,32 @@ def plan_of(text: str, world: int, stages: tuple[int, ...], microbatches: int = 
     )  # fmt: skip
 
 
+def osdp_plan_of(
+    modes: str, world: int, kind: str = "gpt", accumulate: int = 1, accumulation: Any = "last", **module_options: Any
+) -> OSDPPlan:
+    """The units of a module with these modes in turn; ``3zdp+1z2`` are slices, of units that can be cut."""
+    module = MODULES[kind](**module_options)
+    batch = next(iter(loader(kind=kind)))
+    with torch.no_grad(), silent_logging(module):
+        units = find_units(module, lambda: module.training_step(batch, 0))
+    operators = []
+    for index, unit in enumerate(units):
+        words = modes.split()[index % len(modes.split())]
+        parts = tuple(
+            (part.lstrip("0123456789"), int(part[: -len(part.lstrip("0123456789"))] or 1)) for part in words.split("+")
+        )
+        cuts: tuple[Any, ...] = ()
+        if sum(count for _, count in parts) > 1 and not cuts:
+            parts = (("zdp", 1),)
+        if unit.name == ROOT and parts[0][0] == "dp":
+            parts = (("z2", 1),)
+        cut = cuts[0] if sum(count for _, count in parts) > 1 else ""
+        operators.append(OperatorPlan(unit.name, parts, cut=cut, kind=unit.kind))
+    return OSDPPlan(
+        world, tuple(operators), micro_steps=accumulate, accumulation=accumulation, batch_size=SAMPLES // world
+    )
+
+
 def dataset(samples: int, seed: int) -> TensorDataset:
     inputs = torch.randint(VOCABULARY, (samples, LENGTH), generator=torch.Generator().manual_seed(seed))
     return TensorDataset(inputs, (inputs * 7 + 3) % VOCABULARY)
@@ -264,7 +294,7 @@ def whole(module: nn.Module) -> dict[str, Tensor]:
 def train(
     rank: int,
     folder: str,
-    plan: HybridPlan | str | None,
+    plan: HybridPlan | OSDPPlan | str | None,
     options: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Fits, then tests and predicts; ``plan=None`` is a plain Trainer on one device. Returns what can be compared."""
@@ -295,7 +325,8 @@ def train(
     if plan is None:
         trainer = Trainer(devices=1, **settings)
     else:
-        strategy = AutoHybridParallelStrategy(plan=plan, **strategy_options)
+        kind_of = OSDPStrategy if isinstance(plan, OSDPPlan) else AutoHybridParallelStrategy
+        strategy: Any = kind_of(plan=plan, **strategy_options)
         trainer = Trainer(devices=torch.distributed.get_world_size(), strategy=strategy, **settings)
     trainer.fit(module, loader(kind=kind, shuffle=shuffle, drop_last=True), loader(32, 1, kind), ckpt_path=ckpt_path)
     if save:

@@ -1,0 +1,154 @@
+"""Puts an OSDP plan into effect on FSDP2: every unit of a model in its own mode, in place.
+
+``dp`` is torch's ``replicate``, which shares FSDP2's runtime and keeps parameters on the same one-dimensional mesh;
+``z2``, ``zdp`` and ``zdp-k`` are ``fully_shard`` with different ``reshard_after_forward``; ``off`` offloads the shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any, cast
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+from lightning_hetu.parallel.build import ModuleRoot
+from lightning_hetu.parallel.osdp.discover import ROOT, Unit
+from lightning_hetu.parallel.shard import sum_gradients
+from lightning_hetu.planning.osdp import OSDPPlan
+from lightning_hetu.planning.osdp.operator import Cut
+
+
+def apply_osdp(
+    module: nn.Module,
+    units: Sequence[Unit],
+    plan: OSDPPlan,
+    mesh: DeviceMesh,
+    policy: MixedPrecisionPolicy | None = None,
+) -> ModuleRoot:
+    """Parallelizes a model in place.
+
+    Gradients are summed over the ranks, so the loss is to be divided by their number.
+
+    Args:
+        module: The model, with its parameters on the device of the mesh.
+        units: Its units; the plan has an operator of the name of each.
+        plan: The plan.
+        mesh: One-dimensional mesh of all data-parallel ranks.
+        policy: Dtypes in which parameters are gathered and gradients reduced; by default their own.
+
+    Returns:
+        The root of all, through which forward is to be called.
+
+    Raises:
+        ValueError: If plan and model do not belong together.
+    """
+    check_plan(units, plan)
+    policy = policy or MixedPrecisionPolicy()
+    plain = plain_parameters(module)
+    decided = {operator.name: operator for operator in plan.operators}
+    wanted = {
+        name: (operator.slices, cast(Cut, operator.cut)) for name, operator in decided.items() if operator.slices > 1
+    }
+    ignored = {parameter for _, parameter in plain}
+    members = {unit.name: _parameters_of(module, unit) for unit in units}
+    everything = set(module.parameters())
+    if wanted:
+        from lightning_hetu.parallel.osdp.split import split_modules
+
+        split_modules(module, wanted)
+    wrapper = ModuleRoot(module)
+    # From the inside out: what is wrapped already is left out by the next one.
+    for unit in sorted(units, key=lambda unit: -_depth(unit.name)):
+        if unit.name == ROOT:
+            continue
+        operator, layer = decided[unit.name], module.get_submodule(unit.name)
+        if operator.slices > 1:
+            modes = [mode for mode, count in operator.parts for _ in range(count)]
+            for part, mode in zip(cast(nn.ModuleList, layer.slices), modes, strict=True):
+                _wrap(part, mode, mesh, policy, ignored)
+        else:
+            _wrap(layer, operator.mode, mesh, policy, ignored | (everything - members[unit.name]))
+    mode = decided[ROOT].mode if ROOT in decided else "z2"
+    _wrap(wrapper, mode, mesh, policy, ignored)
+    return wrapper
+
+
+def check_plan(units: Sequence[Unit], plan: OSDPPlan) -> None:
+    """Refuses a plan for another model.
+
+    Raises:
+        ValueError: One line that says what does not belong together.
+    """
+    ours, theirs = {unit.name for unit in units}, {operator.name for operator in plan.operators}
+    if ours != theirs:
+        name = min(ours ^ theirs)
+        where = "the model has it, the plan has not" if name in ours else "the plan has it, the model has not"
+        raise ValueError(f"plan.operators: {name!r}: {where}. Plan again for this model.")
+    for operator in plan.operators:
+        unit = next(unit for unit in units if unit.name == operator.name)
+        if unit.name == ROOT and "dp" in operator.mode.split():
+            raise ValueError(
+                f"plan.operators: mode 'dp' of {ROOT!r}: the unit of the whole model cannot be replicated."
+            )
+        if operator.slices > 1 and not unit.leaf:
+            raise ValueError(f"plan.operators: {operator.slices} slices of {unit.name!r}: it cannot be cut.")
+
+
+def plain_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Parameters that FSDP2 refuses, those without a dimension or without an element; every rank keeps them whole."""
+    return [(name, p) for name, p in module.named_parameters() if p.ndim == 0 or p.numel() == 0]
+
+
+def _parameters_of(module: nn.Module, unit: Unit) -> set[nn.Parameter]:
+    return {module.get_parameter(name) for name in unit.parameters}
+
+
+def _depth(name: str) -> int:
+    return 0 if name == ROOT else name.count(".") + 1
+
+
+def _wrap(
+    module: nn.Module, mode: str, mesh: DeviceMesh, policy: MixedPrecisionPolicy, ignored: Collection[nn.Parameter]
+) -> None:
+    options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy}
+    own = set(module.parameters())
+    options["ignored_params"] = {parameter for parameter in ignored if parameter in own}
+    if mode == "dp":
+        _replicate(module, **options)
+    else:
+        offload: OffloadPolicy = OffloadPolicy()
+        if mode == "off":
+            offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
+        reshard: bool | int = mode != "z2"
+        if mode.startswith("zdp-"):
+            reshard = int(mode.removeprefix("zdp-"))
+        fully_shard(module, reshard_after_forward=reshard, offload_policy=offload, **options)
+    sum_gradients(module)
+    module._hetu_mode = mode  # type: ignore[assignment]
+
+
+def _replicate(module: nn.Module, **options: Any) -> None:
+    # Not public yet; the same in torch 2.11 to 2.13.
+    from torch.distributed._composable.replicate_with_fsdp import replicate
+
+    replicate(module, **options)
+
+
+def set_last_micro_step(root: nn.Module, plan: OSDPPlan, *, last: bool) -> None:
+    """Sets what the coming backward of an accumulation window does.
+
+    Args:
+        root: What :func:`apply_osdp` returned.
+        plan: The plan; its ``accumulation`` decides.
+        last: Whether the optimizer steps after it.
+    """
+    if plan.accumulation == "every":
+        return
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.set_requires_gradient_sync(last, recurse=False)
+            if plan.accumulation == "hold" and getattr(module, "_hetu_mode", "") == "z2":
+                # After the last one they must go: the optimizer changes the shards.
+                module.set_reshard_after_backward(last, recurse=False)

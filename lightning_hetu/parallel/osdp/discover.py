@@ -1,0 +1,186 @@
+"""Finds the operators of a model: the modules whose parameters can be gathered and freed on their own.
+
+OSDP (arXiv 2209.13258) decides per operator, a module that owns parameters. FSDP2 gathers when such a module is called
+and frees when it returns, so what counts is not only where a parameter is registered, but who uses it: a tied weight is
+used by two modules, and ``nn.MultiheadAttention`` uses the weight of a child that it never calls. A run of the model
+shows it. Every parameter belongs to the innermost module that is called once per step and around all of its uses.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+ROOT = "."
+"""Name of the unit of the whole module."""
+SMALL_SHARE = 0.01
+"""Units with less than this share of the parameters of the module around them join that module's unit."""
+
+_READS_VALUES = {"item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__"}
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Parameters that are gathered together.
+
+    Args:
+        name: The module that is called around their uses; :data:`ROOT` for the whole model.
+        parameters: Their names, in the order of ``named_parameters``. They are those of the module and everything below
+            it that no other unit has.
+        kind: Class of the module.
+        leaf: Whether they are all the module has, so that it may be cut into slices.
+    """
+
+    name: str
+    parameters: tuple[str, ...]
+    kind: str
+    leaf: bool
+
+
+def find_units(root: nn.Module, run: Callable[[], Any], *, whole: Collection[str] = ()) -> tuple[Unit, ...]:
+    """The units of a model in the order in which they are first called; those that are never called come last.
+
+    Args:
+        root: The model, on any device, also with fake tensors.
+        run: Runs one forward pass of a step.
+        whole: Names of classes whose modules are not to be looked into: all parameters below are one unit.
+
+    Raises:
+        ValueError: If a name in ``whole`` is the class of no module.
+    """
+    kinds = {type(module).__name__ for module in root.modules()}
+    for kind in whole:
+        if kind not in kinds:
+            raise ValueError(f"whole={kind!r}: no module of the model is one; classes are {', '.join(sorted(kinds))}.")
+    calls = _Calls(root)
+    calls.watch(run)
+    owners = _owners(root, calls, frozenset(whole))
+    owners = _join_small(root, calls, owners)
+    order = {name: position for position, name in enumerate(calls.order)}
+    names: dict[str, list[str]] = {}
+    for parameter, owner in owners.items():
+        names.setdefault(owner, []).append(parameter)
+    units = []
+    for name, parameters in names.items():
+        module = _module(root, name)
+        own = {id(parameter) for parameter in module.parameters()}
+        direct = {id(parameter) for parameter in module.parameters(recurse=False)}
+        members = {id(root.get_parameter(parameter)) for parameter in parameters}
+        units.append(Unit(name, tuple(parameters), type(module).__name__, own == members == direct))
+    return tuple(sorted(units, key=lambda unit: order.get(unit.name, len(order))))
+
+
+def _module(root: nn.Module, name: str) -> nn.Module:
+    return root if name == ROOT else root.get_submodule(name)
+
+
+class _Calls(TorchFunctionMode):
+    """Which modules are called, and inside of which ones every parameter is used."""
+
+    def __init__(self, root: nn.Module) -> None:
+        super().__init__()
+        self.root = root
+        self.stack: list[str] = [ROOT]
+        self.counts: Counter[str] = Counter({ROOT: 1})
+        self.order: list[str] = [ROOT]
+        self.chains: dict[int, list[tuple[str, ...]]] = {}
+        """For every parameter, by its identity, the modules around each of its uses, outermost first."""
+        self._known = {id(parameter) for parameter in root.parameters()}
+
+    def watch(self, run: Callable[[], Any]) -> None:
+        """Runs a step under observation."""
+        with ExitStack() as stack:
+            for name, module in self.root.named_modules():
+                if name:
+                    stack.callback(module.register_forward_pre_hook(self._enter(name), prepend=True).remove)
+                    stack.callback(module.register_forward_hook(self._leave, always_call=True).remove)
+            with self:
+                run()
+
+    def _enter(self, name: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            self.stack.append(name)
+            self.counts[name] += 1
+            if self.counts[name] == 1:
+                self.order.append(name)
+
+        return hook
+
+    def _leave(self, *_: Any) -> None:
+        self.stack.pop()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        used = [id(leaf) for leaf in tree_leaves((args, kwargs)) if id(leaf) in self._known]
+        # Shapes and dtypes of a parameter may be asked for anywhere.
+        if used and (
+            getattr(func, "__name__", "") in _READS_VALUES or any(isinstance(x, Tensor) for x in tree_leaves(result))
+        ):
+            chain = tuple(self.stack)
+            for key in used:
+                chains = self.chains.setdefault(key, [])
+                if chain not in chains:
+                    chains.append(chain)
+        return result
+
+    def around(self, chains: Collection[tuple[str, ...]]) -> list[str]:
+        """Modules that are called once and around all of these uses, innermost first; the whole model is the last."""
+        shared = set.intersection(*(set(chain) for chain in chains))
+        innermost = next(iter(chains))
+        return [name for name in reversed(innermost) if name in shared and self.counts[name] == 1]
+
+
+def _owners(root: nn.Module, calls: _Calls, whole: frozenset[str]) -> dict[str, str]:
+    """The unit of every parameter, by name."""
+    modules = dict(root.named_modules())
+    tops = [name for name, module in modules.items() if name and type(module).__name__ in whole]
+    found: dict[str, str] = {}
+    direct: dict[str, list[str]] = {}
+    for parameter, _ in root.named_parameters():
+        direct.setdefault(parameter.rpartition(".")[0], []).append(parameter)
+    for holder, parameters in direct.items():
+        chains = [chain for name in parameters for chain in calls.chains.get(id(root.get_parameter(name)), ())]
+        if not chains:
+            owner = holder or ROOT  # never used: never gathered either
+        else:
+            owner = next(name for name in calls.around(chains) if _contains(name, holder) and _outside(name, tops))
+        found |= dict.fromkeys(parameters, owner)
+    return found
+
+
+def _outside(name: str, tops: Collection[str]) -> bool:
+    return not any(name.startswith(f"{top}.") for top in tops)
+
+
+def _contains(outer: str, inner: str) -> bool:
+    return outer == ROOT or inner == outer or inner.startswith(f"{outer}.")
+
+
+def _join_small(root: nn.Module, calls: _Calls, owners: dict[str, str]) -> dict[str, str]:
+    """Lets small units join that of the module which calls theirs."""
+    sizes: Counter[str] = Counter()
+    for parameter, owner in owners.items():
+        sizes[owner] += root.get_parameter(parameter).numel()
+    parents: dict[str, str] = {}
+    for owner in sizes:
+        chains = [
+            chain
+            for name, of in owners.items()
+            if of == owner
+            for chain in calls.chains.get(id(root.get_parameter(name)), ())
+        ]
+        outer = [name for name in calls.around(chains) if name != owner and _contains(name, owner)] if chains else []
+        if owner != ROOT and outer:
+            around = sum(parameter.numel() for parameter in _module(root, outer[0]).parameters())
+            if sizes[owner] < SMALL_SHARE * around:
+                parents[owner] = outer[0]
+    return {parameter: parents.get(owner, owner) for parameter, owner in owners.items()}
