@@ -86,7 +86,7 @@ def model_units(
     step = compat.step_of_run(trainer, module).__name__
 
     def run(model: Any, values: Any) -> None:
-        with compat.silent_logging(model), torch.no_grad():
+        with compat.silent_logging(model), torch.no_grad(), trainer.strategy.precision_plugin.forward_context():
             getattr(model, step)(values, 0)
 
     with isolate_rng():

@@ -25,3 +25,11 @@ def test_fit_equals_plain_trainer(ranks: Any, tmp_path: Any, world: int, modes: 
     expected = train(0, str(tmp_path / "one"), None, options)
     for actual in ranks(world).run(train, str(tmp_path / "many"), plan, options):
         same(actual, expected)
+
+
+def test_bf16_mixed_follows_one_device(ranks: Any, tmp_path: Any) -> None:
+    """Products are gathered in bf16, which changes nothing that autocast does not do on one device."""
+    options = {"precision": "bf16-mixed", "evaluate": False, "max_epochs": 1}
+    expected = train(0, str(tmp_path / "one"), None, options)
+    for actual in ranks(2).run(train, str(tmp_path / "many"), osdp_plan_of("zdp dp z2", 2), options):
+        assert actual["losses"] == pytest.approx(expected["losses"], rel=5e-3)

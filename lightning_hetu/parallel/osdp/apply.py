@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any, cast
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -25,7 +26,6 @@ def apply_osdp(
     units: Sequence[Unit],
     plan: OSDPPlan,
     mesh: DeviceMesh,
-    policy: MixedPrecisionPolicy | None = None,
 ) -> ModuleRoot:
     """Parallelizes a model in place.
 
@@ -36,7 +36,6 @@ def apply_osdp(
         units: Its units; the plan has an operator of the name of each.
         plan: The plan.
         mesh: One-dimensional mesh of all data-parallel ranks.
-        policy: Dtypes in which parameters are gathered and gradients reduced; by default their own.
 
     Returns:
         The root of all, through which forward is to be called.
@@ -45,7 +44,6 @@ def apply_osdp(
         ValueError: If plan and model do not belong together.
     """
     check_plan(units, plan)
-    policy = policy or MixedPrecisionPolicy()
     plain = plain_parameters(module)
     decided = {operator.name: operator for operator in plan.operators}
     wanted = {
@@ -60,6 +58,7 @@ def apply_osdp(
         split_modules(module, wanted)
     wrapper = ModuleRoot(module)
     # From the inside out: what is wrapped already is left out by the next one.
+    policies = {unit.name: precision_policy(unit) for unit in units}
     for unit in sorted(units, key=lambda unit: -_depth(unit.name)):
         if unit.name == ROOT:
             continue
@@ -67,11 +66,11 @@ def apply_osdp(
         if operator.slices > 1:
             modes = [mode for mode, count in operator.parts for _ in range(count)]
             for part, mode in zip(cast(nn.ModuleList, layer.slices), modes, strict=True):
-                _wrap(part, mode, mesh, policy, ignored)
+                _wrap(part, mode, mesh, policies[unit.name], ignored)
         else:
-            _wrap(layer, operator.mode, mesh, policy, ignored | (everything - members[unit.name]))
+            _wrap(layer, operator.mode, mesh, policies[unit.name], ignored | (everything - members[unit.name]))
     mode = decided[ROOT].mode if ROOT in decided else "z2"
-    _wrap(wrapper, mode, mesh, policy, ignored)
+    _wrap(wrapper, mode, mesh, policies.get(ROOT, MixedPrecisionPolicy()), ignored)
     return wrapper
 
 
@@ -99,6 +98,17 @@ def check_plan(units: Sequence[Unit], plan: OSDPPlan) -> None:
 def plain_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Parameters that FSDP2 refuses, those without a dimension or without an element; every rank keeps them whole."""
     return [(name, p) for name, p in module.named_parameters() if p.ndim == 0 or p.numel() == 0]
+
+
+def precision_policy(unit: Unit) -> MixedPrecisionPolicy:
+    """In which dtypes a unit is gathered and reduced.
+
+    What autocast converts at every use is gathered converted: the same numbers, and half the bytes. Gradients are
+    reduced in the dtype of the parameters.
+    """
+    if unit.half is None:
+        return MixedPrecisionPolicy(cast_forward_inputs=False)
+    return MixedPrecisionPolicy(param_dtype=unit.half, reduce_dtype=torch.float32, cast_forward_inputs=False)
 
 
 def _parameters_of(module: nn.Module, unit: Unit) -> set[nn.Parameter]:

@@ -14,7 +14,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -23,6 +25,11 @@ ROOT = "."
 SMALL_SHARE = 0.01
 """Units with less than this share of the parameters of the module around them join that module's unit."""
 
+# Products that autocast computes in half precision, so that their parameters may as well be gathered in it.
+_HALF_PRODUCTS = {
+    F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, torch.addmm,
+    torch.baddbmm, torch.bmm, torch.matmul, torch.mm, Tensor.__matmul__, Tensor.__rmatmul__, Tensor.matmul, Tensor.mm,
+}  # fmt: skip
 _READS_VALUES = {"item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__"}
 
 
@@ -36,12 +43,14 @@ class Unit:
             it that no other unit has.
         kind: Class of the module.
         leaf: Whether they are all the module has, so that it may be cut into slices.
+        half: The dtype into which autocast converts all of them at every use; ``None`` if it does not.
     """
 
     name: str
     parameters: tuple[str, ...]
     kind: str
     leaf: bool
+    half: torch.dtype | None = None
 
 
 def find_units(root: nn.Module, run: Callable[[], Any], *, whole: Collection[str] = ()) -> tuple[Unit, ...]:
@@ -73,7 +82,9 @@ def find_units(root: nn.Module, run: Callable[[], Any], *, whole: Collection[str
         own = {id(parameter) for parameter in module.parameters()}
         direct = {id(parameter) for parameter in module.parameters(recurse=False)}
         members = {id(root.get_parameter(parameter)) for parameter in parameters}
-        units.append(Unit(name, tuple(parameters), type(module).__name__, own == members == direct))
+        halves = {calls.half.get(key) for key in members}
+        half = halves.pop() if len(halves) == 1 else None
+        units.append(Unit(name, tuple(parameters), type(module).__name__, own == members == direct, half))
     return tuple(sorted(units, key=lambda unit: order.get(unit.name, len(order))))
 
 
@@ -92,6 +103,7 @@ class _Calls(TorchFunctionMode):
         self.order: list[str] = [ROOT]
         self.chains: dict[int, list[tuple[str, ...]]] = {}
         """For every parameter, by its identity, the modules around each of its uses, outermost first."""
+        self.half: dict[int, torch.dtype | None] = {}
         self._known = {id(parameter) for parameter in root.parameters()}
 
     def watch(self, run: Callable[[], Any]) -> None:
@@ -125,12 +137,20 @@ class _Calls(TorchFunctionMode):
         if used and (
             getattr(func, "__name__", "") in _READS_VALUES or any(isinstance(x, Tensor) for x in tree_leaves(result))
         ):
-            chain = tuple(self.stack)
+            chain, half = tuple(self.stack), self._half(func, result)
             for key in used:
                 chains = self.chains.setdefault(key, [])
                 if chain not in chains:
                     chains.append(chain)
+                self.half[key] = half if self.half.get(key, half) == half else None
         return result
+
+    @staticmethod
+    def _half(func: Any, result: Any) -> torch.dtype | None:
+        if func not in _HALF_PRODUCTS or not isinstance(result, Tensor):
+            return None
+        device = result.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
     def around(self, chains: Collection[tuple[str, ...]]) -> list[str]:
         """Modules that are called once and around all of these uses, innermost first; the whole model is the last."""
