@@ -27,7 +27,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 import lightning_hetu
 from lightning_hetu.parallel.consolidate import consolidate
-from lightning_hetu.planning.picture import check_picture_name, save_picture
+from lightning_hetu.planning.drawing import check_picture_name
+from lightning_hetu.planning.picture import save_picture
 from lightning_hetu.strategies._offline import Target, comparison, plan_offline
 from lightning_hetu.strategies.auto import AutoHybridParallelStrategy
 

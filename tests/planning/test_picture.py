@@ -26,7 +26,7 @@ def test_every_layer_has_a_cell() -> None:
     ElementTree.fromstring(text)
     recomputed = sum(strategy.recompute for _, strategy in plan.rows())
     in_legend = len({strategy for _, strategy in plan.rows() if strategy.recompute})
-    assert text.count("url(#recompute)") == recomputed + in_legend
+    assert text.count("url(#hatch)") == recomputed + in_legend
     for name in ("emb", "head", *map(str, range(plan.num_layers))):
         assert f">{name}</text>" in text
     assert text.count("stroke-dasharray") == plan.pipeline_parallel_size
