@@ -19,8 +19,10 @@ every remaining row takes the strategy of least ``time + u * memory``, whatever 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -31,9 +33,11 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 _NUM_PRICES = 6
+_NUM_BOUNDS = 6
+"""Lower bounds that are computed of each extended label."""
 _RELATIVE_SLACK = 1e-9
 DEFAULT_LABEL_LIMIT = 4096
-QUICK_LABEL_LIMIT = 24
+QUICK_LABEL_LIMITS = (24, 192)
 
 
 @dataclass(frozen=True)
@@ -125,40 +129,99 @@ def solve_stage(
     Returns:
         Choices in ascending order of cost; empty if none fits or none can beat ``incumbent``.
     """
-    num_criteria = rows[0].cost.shape[1]
-    compare = np.eye(num_criteria) if comparison is None else comparison
-    spread = {id(matrix): _of_all_criteria(matrix, num_criteria) for matrix in relayouts}
-    rows, relayouts, kept = _drop_dominated_options(rows, [spread[id(matrix)] for matrix in relayouts], compare)
-    bound = _Bound(rows, budget, supports, incumbent)
-    history: list[_Labels] = []
-    labels = _Labels(
-        held=np.zeros(1),
-        peak=np.full(1, -np.inf),
-        step=np.zeros(1),
-        cost=np.zeros((1, num_criteria)),
-        layout=np.zeros(1, dtype=np.int64),
-        parent=np.zeros(1, dtype=np.int64),
-        option=np.zeros(1, dtype=np.int64),
-    )
-    incoming = np.zeros((1, len(rows[0].held), num_criteria))
-    track_step = any(np.any(row.step > np.minimum(row.held, row.working)) for row in rows)
-    for index, row in enumerate(rows):
-        labels = _extend(labels, row, incoming)
-        labels = labels.take(np.flatnonzero(bound.keeps(labels, index)))
-        if index + 1 < len(rows):
-            # Options whose relayouts to the next row cost the same are one layout.
+    return ReducedStage.of(rows, relayouts, comparison).solve(budget, supports, incumbent, limit)[0]
+
+
+@dataclass(frozen=True)
+class _Move:
+    """The step from one row to the next.
+
+    Options whose relayouts to the next row cost the same are one *layout*, ``D`` of them.
+
+    Args:
+        layout_of: ``[S]`` layout of each option of the row in front.
+        cost: ``[D, S of the next row, C]`` seconds.
+    """
+
+    layout_of: Ints
+    cost: Floats
+
+
+def _moves(rows: Sequence[RowTable], relayouts: Sequence[Floats]) -> list[_Move]:
+    """The steps into each row, and the one behind the last row; equal ones are the same object."""
+    criteria = rows[0].cost.shape[1]
+    found = [_Move(np.zeros(1, dtype=np.int64), np.zeros((1, rows[0].held.size, criteria)))]
+    done: dict[int, _Move] = {}
+    for matrix in relayouts:
+        if id(matrix) not in done:
             _, first, layout_of = np.unique(
-                relayouts[index].reshape(len(row.held), -1), axis=0, return_index=True, return_inverse=True
+                matrix.reshape(len(matrix), -1), axis=0, return_index=True, return_inverse=True
             )
-            incoming, layout_of = relayouts[index][first], layout_of.reshape(-1)
-        else:
-            layout_of = np.zeros(len(row.held), dtype=np.int64)
-        labels.layout = layout_of[labels.option].astype(np.int64)
-        labels = _prune(labels, bound.final_time(labels, index), compare, track_step=track_step, limit=limit)
-        history.append(labels)
-        if not labels.held.size:
-            return []
-    return _read_choices(history, kept)
+            done[id(matrix)] = _Move(layout_of.reshape(-1).astype(np.int64), matrix[first])
+        found.append(done[id(matrix)])
+    found.append(_Move(np.zeros(rows[-1].held.size, dtype=np.int64), np.zeros((1, 0, criteria))))
+    return found
+
+
+@dataclass(frozen=True)
+class ReducedStage:
+    """A stage without the options that are never needed, ready to be solved for any budget.
+
+    Args:
+        rows: The options of each row that are left.
+        moves: The steps into each row, and the one behind the last row.
+        kept: Index of each of these options.
+        compare: ``[C, K]`` weights that choices are compared by.
+    """
+
+    rows: tuple[RowTable, ...]
+    moves: tuple[_Move, ...]
+    kept: tuple[NDArray[np.intp], ...]
+    compare: Floats
+
+    @classmethod
+    def of(
+        cls, rows: Sequence[RowTable], relayouts: Sequence[Floats], comparison: Floats | None = None
+    ) -> ReducedStage:
+        """The stage of :func:`solve_stage`."""
+        num_criteria = rows[0].cost.shape[1]
+        compare = np.eye(num_criteria) if comparison is None else comparison
+        spread = {id(matrix): _of_all_criteria(matrix, num_criteria) for matrix in relayouts}
+        tables, between, kept = _drop_dominated_options(rows, [spread[id(matrix)] for matrix in relayouts], compare)
+        return cls(tuple(tables), tuple(_moves(tables, between)), tuple(kept), compare)
+
+    def solve(
+        self, budget: float, supports: Sequence[Support], incumbent: float = np.inf, limit: int = DEFAULT_LABEL_LIMIT
+    ) -> tuple[list[StageChoice], bool]:
+        """The choices of :func:`solve_stage`, and whether none was left out for the limit on labels."""
+        bound = _Bound(self.rows, self.moves, budget, supports, incumbent)
+        track_step = any(np.any(row.step > np.minimum(row.held, row.working)) for row in self.rows)
+        history: list[_Labels] = []
+        labels = _Labels(
+            held=np.zeros(1),
+            peak=np.full(1, -np.inf),
+            step=np.zeros(1),
+            cost=np.zeros((1, len(self.compare))),
+            layout=np.zeros(1, dtype=np.int64),
+            parent=np.zeros(1, dtype=np.int64),
+            option=np.zeros(1, dtype=np.int64),
+        )
+        exact = True
+        for index, row in enumerate(self.rows):
+            last = index + 1 == len(self.rows)
+            labels = bound.extend(labels, index, row, self.moves[index])
+            labels.layout = self.moves[index + 1].layout_of[labels.option]
+            if last:
+                labels = labels.take(np.flatnonzero(bound.final_time(labels, index) <= bound.limit))
+                # All that counts of the memory now is the fullest phase.
+                np.maximum(labels.peak, labels.step, out=labels.peak)
+            memory = [labels.peak] if last else [labels.held, labels.peak, *([labels.step] if track_step else [])]
+            labels, whole = _prune(labels, memory, self.compare, partial(bound.final_time, index=index), limit)
+            exact = exact and whole
+            history.append(labels)
+            if not labels.held.size:
+                return [], exact
+        return _read_choices(history, self.kept), exact
 
 
 def _of_all_criteria(relayout: Floats, num_criteria: int) -> Floats:
@@ -168,22 +231,6 @@ def _of_all_criteria(relayout: Floats, num_criteria: int) -> Floats:
     found = np.zeros((*relayout.shape, num_criteria))
     found[:, :, :1] = relayout[:, :, None] if num_criteria else 0.0
     return found
-
-
-def _extend(labels: _Labels, row: RowTable, incoming: Floats) -> _Labels:
-    """Every label with every option of the next row."""
-    count, options = labels.held.size, row.held.size
-    cost = labels.cost[:, None, :] + row.cost[None] + incoming[labels.layout]
-    peak = np.maximum(labels.peak[:, None] + row.released, labels.held[:, None] + row.working)
-    return _Labels(
-        held=(labels.held[:, None] + row.held).reshape(-1),
-        peak=peak.reshape(-1),
-        step=(labels.step[:, None] + row.step).reshape(-1),
-        cost=cost.reshape(count * options, -1),
-        layout=np.zeros(count * options, dtype=np.int64),
-        parent=np.repeat(np.arange(count), options),
-        option=np.tile(np.arange(options), count),
-    )
 
 
 class _Memory:
@@ -204,6 +251,14 @@ class _Memory:
             kind = self.which[index]
             later = held[kind] + self.need[index + 1] if index + 1 < len(rows) else 0.0
             self.need[index] = max(working[kind] + self.released[index + 1], later)
+        # rise[i]: by how much the fullest phase of rows i and later exceeds what the rows in front of them hold, less
+        # what these rows have left
+        kept = [float((row.held - row.released).min()) for row in self.types]
+        spare = [float((row.working - row.released).min()) for row in self.types]
+        self.rise = np.full(len(rows) + 1, -np.inf)
+        for index in reversed(range(len(rows))):
+            kind = self.which[index]
+            self.rise[index] = max(spare[kind], kept[kind] + self.rise[index + 1])
         # Two relaxed budgets: what is held at the end of forward, and what is left after backward.
         self._tail = float((rows[-1].working - rows[-1].held).min())
         # The peak starts with the first row's work, not with what that row has left.
@@ -220,70 +275,179 @@ class _Memory:
 
 
 class _Bound:
-    """What the rows that are still to come must take at least: memory, and time at several prices per byte."""
+    """What the rows that are still to come must take at least: memory, and time at several prices per byte.
 
-    def __init__(self, rows: Sequence[RowTable], budget: float, supports: Sequence[Support], incumbent: float) -> None:
+    The time is the least of ``time + price * memory`` over all ways to go on from an option, relayouts included.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[RowTable],
+        moves: Sequence[_Move],
+        budget: float,
+        supports: Sequence[Support],
+        incumbent: float,
+    ) -> None:
         self.budget = budget
         self.limit = incumbent * (1 + _RELATIVE_SLACK) if np.isfinite(incumbent) else np.inf
         memory = _Memory(rows)
         self.need, self.released, self.step = memory.need, memory.released, memory.step
-        self.terms: list[tuple[Floats, float, str, float, Floats]] = []
+        self.rise = memory.rise
+        weights: list[Floats] = []
+        prices: list[tuple[float, float]] = []  # of what is held, of the peak
+        constants: list[float] = []
         for support in supports:
-            weights = np.array(support.weights)
-            times = [row.cost @ weights for row in memory.types]
-            self.terms.append((weights, 0.0, "held", support.constant, memory.suffix([float(t.min()) for t in times])))
-            for kind, (sizes, capacity) in zip(("held", "peak"), memory.budgets(budget), strict=True):
-                for price in _prices(times, sizes, memory.counts, capacity):
-                    least = [float((t + price * size).min()) for t, size in zip(times, sizes, strict=True)]
-                    self.terms.append((weights, price, kind, support.constant - price * capacity, memory.suffix(least)))
+            own = np.array(support.weights, dtype=float)
+            times = [row.cost @ own for row in memory.types]
+            chosen = [(0.0, 0.0)]
+            for kind, (sizes, capacity) in enumerate(memory.budgets(budget)):
+                found = _prices(list(map(_trade_offs, times, sizes)), memory.counts, capacity)
+                chosen += [(price, 0.0) if kind == 0 else (0.0, price) for price in found]
+            prices += chosen
+            weights += [own] * len(chosen)
+            constants += [support.constant - sum(pair) * budget if any(pair) else support.constant for pair in chosen]
+        self.weights = np.array(weights).reshape(len(weights), rows[0].cost.shape[1])  # [T, C]
+        self.prices = np.array(prices).reshape(-1, 2)  # [T, 2]
+        self.constants = np.array(constants)
+        self._own: dict[tuple[int, bool], Floats] = {}
+        self._moves: dict[int, Floats] = {}
+        # still[l]: [T, S of row l], of the rows behind it
+        self.still = [np.zeros((len(self.constants), rows[-1].held.size))]
+        for index in reversed(range(1, len(rows))):
+            after = self._row(rows[index], last=index + 1 == len(rows)) + self.still[-1]
+            move = self._move(moves[index])
+            self.still.append((move + after[:, None]).min(axis=2)[:, moves[index].layout_of])
+        self.still.reverse()
 
-    def keeps(self, labels: _Labels, index: int) -> NDArray[np.bool_]:
-        """Whether a label may still lead to a plan that fits and beats the incumbent."""
+    def _row(self, row: RowTable, *, last: bool = False) -> Floats:
+        """``[T, S]`` weighted time and priced memory of the options of a row."""
+        key = id(row), last
+        if key not in self._own:
+            # What the last row holds besides while it works adds to what all rows hold.
+            held = row.working if last else row.held
+            self._own[key] = self.weights @ row.cost.T + self.prices[:, :1] * held + self.prices[:, 1:] * row.released
+        return self._own[key]
+
+    def _move(self, move: _Move) -> Floats:
+        """``[T, D, S]`` weighted relayouts."""
+        if id(move) not in self._moves:
+            self._moves[id(move)] = np.moveaxis(move.cost @ self.weights.T, -1, 0)
+        return self._moves[id(move)]
+
+    def extend(self, labels: _Labels, index: int, row: RowTable, move: _Move) -> _Labels:
+        """Every label with every option of the next row, as far as that may fit and beat the incumbent."""
         after = index + 1
-        keep: NDArray[np.bool_] = (
-            (labels.held + self.need[after] <= self.budget)
-            & (labels.peak + self.released[after] <= self.budget)
-            & (labels.step + self.step[after] <= self.budget)
+        held = labels.held[:, None] + row.held
+        peak = np.maximum(labels.peak[:, None] + row.released, labels.held[:, None] + row.working)
+        # A peak that later phases exceed in any case is as good as what they take at least.
+        np.maximum(peak, held + self.rise[after], out=peak)
+        step = labels.step[:, None] + row.step
+        fits = (
+            (held + self.need[after] <= self.budget)
+            & (peak + self.released[after] <= self.budget)
+            & (step + self.step[after] <= self.budget)
         )
-        if np.isfinite(self.limit):
-            keep &= self.final_time(labels, index) <= self.limit
-        return keep
+        if np.isfinite(self.limit) and self.constants.size:
+            fits = self._promising(labels, index, row, move, fits, peak)
+        parent, option = np.nonzero(fits)
+        return _Labels(
+            held=held[parent, option],
+            peak=peak[parent, option],
+            step=step[parent, option],
+            cost=labels.cost[parent] + (row.cost + move.cost)[labels.layout[parent], option],
+            layout=np.zeros(parent.size, dtype=np.int64),
+            parent=parent,
+            option=option,
+        )
+
+    def _promising(
+        self, labels: _Labels, index: int, row: RowTable, move: _Move, fits: NDArray[np.bool_], peak: Floats
+    ) -> NDArray[np.bool_]:
+        """Those of the pairs of label and option, ``[n, S]``, whose lower bounds do not exceed the incumbent.
+
+        What bounds a label best also bounds what it is extended to well, so only those bounds are computed.
+        """
+        so_far = labels.cost @ self.weights.T + self.constants + self.prices[:, 0] * labels.held[:, None]
+        if index:
+            bounds = so_far + self.prices[:, 1] * labels.peak[:, None] + self.still[index - 1].T[labels.option]
+            most = min(_NUM_BOUNDS, bounds.shape[1])
+            chosen = np.argpartition(-bounds, most - 1, axis=1)[:, :most]
+        else:
+            chosen = np.arange(so_far.shape[1])[None]
+        # What the option adds, whatever the label: [T, D, S]
+        added = self.weights @ row.cost.T + self.prices[:, :1] * row.held + self.still[index]
+        added = self._move(move) + added[:, None]
+        everyone = np.arange(labels.held.size)
+        for terms in chosen.T:
+            value = added[terms, labels.layout]
+            value += so_far[everyone, terms][:, None]
+            price = self.prices[terms, 1]
+            if price.any():
+                value += price[:, None] * peak
+            fits &= value <= self.limit
+        return fits
 
     def final_time(self, labels: _Labels, index: int) -> Floats:
-        """Lower bound on the time of any plan that begins with each label."""
-        best = np.full(labels.held.size, -np.inf)
-        for weights, price, kind, constant, suffix in self.terms:
-            size = labels.held if kind == "held" else labels.peak
-            np.maximum(best, labels.cost @ weights + price * size + (constant + suffix[index + 1]), out=best)
-        return best
+        """Lower bound on the time of any plan that begins with each label of a row."""
+        if not self.constants.size:
+            return np.full(labels.held.size, -np.inf)
+        bounds = labels.cost @ self.weights.T + self.constants + self.still[index].T[labels.option]
+        bounds += self.prices[:, 0] * labels.held[:, None]
+        bounds += self.prices[:, 1] * labels.peak[:, None]
+        return np.asarray(bounds.max(axis=1))
+
+
+def _trade_offs(time: Floats, size: Floats) -> tuple[Floats, Floats, Floats]:
+    """The options that are best at some price per byte: the prices at which they change, their times, their sizes."""
+    hull: list[tuple[float, float]] = []
+    rates: list[float] = []  # rates[i] is the price between hull[i] and hull[i + 1], descending
+    for spent, taken in sorted(zip(size.tolist(), time.tolist(), strict=True)):
+        if hull and taken >= hull[-1][1]:
+            continue
+        while hull:
+            last_spent, last_taken = hull[-1]
+            rate = (last_taken - taken) / (spent - last_spent) if spent > last_spent else np.inf
+            if not rates or rate < rates[-1]:
+                rates.append(rate)
+                break
+            hull.pop()
+            rates.pop()
+        hull.append((spent, taken))
+    points = np.array(hull)
+    return np.array(rates), points[:, 1], points[:, 0]
 
 
 def _lagrangian_bounds(
-    times: Sequence[Floats], sizes: Sequence[Floats], counts: NDArray[np.intp], capacity: float
+    trade_offs: Sequence[tuple[Floats, Floats, Floats]], counts: NDArray[np.intp], capacity: float
 ) -> tuple[Floats, Floats]:
     """Prices per byte, ascending, and the lower bound on the time that each gives.
 
-    One of the exchange rates that the rows offer gives the best bound.
+    One of the prices at which some type of rows changes its option gives the best bound.
+
+    Args:
+        trade_offs: Those of each type of rows.
+        counts: Rows of each type.
+        capacity: Bytes for all of them together.
     """
-    rates = []
-    for time, size in zip(times, sizes, strict=True):
-        saved, spent = time[:, None] - time[None], size[None] - size[:, None]
-        useful = (saved > 0) & (spent > 0)
-        rates.append(saved[useful] / spent[useful])
-    prices = np.unique(np.concatenate(rates)) if np.isfinite(capacity) else np.zeros(0)
+    prices = np.array(sorted({rate for rates, _, _ in trade_offs for rate in rates.tolist()}))
+    if not np.isfinite(capacity):
+        prices = prices[:0]
     values = -prices * capacity
-    for time, size, count in zip(times, sizes, counts, strict=True):
-        values = values + count * (time[None] + prices[:, None] * size[None]).min(axis=1)
+    for (_, time, size), count in zip(trade_offs, counts.tolist(), strict=True):
+        values += count * (time + prices[:, None] * size).min(axis=1)
     return prices, values
 
 
-def _prices(times: Sequence[Floats], sizes: Sequence[Floats], counts: NDArray[np.intp], capacity: float) -> list[float]:
+def _prices(
+    trade_offs: Sequence[tuple[Floats, Floats, Floats]], counts: NDArray[np.intp], capacity: float
+) -> list[float]:
     """Prices per byte near the one with the best Lagrangian bound."""
-    prices, values = _lagrangian_bounds(times, sizes, counts, capacity)
+    prices, values = _lagrangian_bounds(trade_offs, counts, capacity)
     if not prices.size:
         return []
     low = max(0, int(values.argmax()) - _NUM_PRICES // 2)
-    return [float(price) for price in prices[low : low + _NUM_PRICES]]
+    found: list[float] = prices[low : low + _NUM_PRICES].tolist()
+    return found
 
 
 def _drop_dominated_options(
@@ -321,21 +485,24 @@ def _undominated_options(
     return np.flatnonzero(~loses)
 
 
-def _prune(labels: _Labels, final_time: Floats, compare: Floats, *, track_step: bool, limit: int) -> _Labels:
-    """Keeps the labels of each layout that no other one beats in everything."""
-    columns = [labels.held, labels.peak, *(labels.cost @ compare).T]
-    if track_step:
-        columns.append(labels.step)
-    points = np.stack(columns, axis=1)
-    chosen = []
+def _prune(
+    labels: _Labels,
+    memory: Sequence[Floats],
+    compare: Floats,
+    final_time: Callable[[_Labels], Floats],
+    limit: int,
+) -> tuple[_Labels, bool]:
+    """Keeps the labels of each layout that no other one beats in everything, and says whether these are all kept."""
+    points = np.stack([*memory, *(labels.cost @ compare).T], axis=1)
+    chosen, whole = [], True
     for layout in np.unique(labels.layout):
         members = np.flatnonzero(labels.layout == layout)
         members = members[non_dominated(points[members])]
         if members.size > limit:
-            members = _thin(points, final_time, members, limit)
+            members, whole = _thin(points[members], final_time(labels.take(members)), members, limit), False
         chosen.append(members)
     index = np.sort(np.concatenate(chosen)) if chosen else np.zeros(0, dtype=np.intp)
-    return labels.take(index)
+    return labels.take(index), whole
 
 
 def _thin(points: Floats, final_time: Floats, members: NDArray[np.intp], limit: int) -> NDArray[np.intp]:
@@ -343,10 +510,10 @@ def _thin(points: Floats, final_time: Floats, members: NDArray[np.intp], limit: 
 
     Those that are least in any one column stay, so a plan of little memory is not lost.
     """
-    promising = members[np.argsort(final_time[members], kind="stable")[: limit // 2]]
-    order = members[np.lexsort(points[members].T[::-1])]
+    promising = members[np.argsort(final_time, kind="stable")[: limit // 2]]
+    order = members[np.lexsort(points.T[::-1])]
     spread = order[np.unique(np.linspace(0, order.size - 1, limit - limit // 2).astype(np.intp))]
-    extremes = [members[points[members, column].argmin()] for column in range(points.shape[1])]
+    extremes = members[points.argmin(axis=0)]
     return np.unique(np.concatenate([promising, spread, extremes]))
 
 
@@ -359,8 +526,8 @@ def _read_choices(history: Sequence[_Labels], kept: Sequence[NDArray[np.intp]]) 
         options[:, index] = kept[index][history[index].option[position]]
         position = history[index].parent[position]
     choices = [
-        StageChoice(tuple(cost), max(float(peak), float(step)), tuple(int(i) for i in row))
-        for cost, peak, step, row in zip(final.cost.tolist(), final.peak, final.step, options, strict=True)
+        StageChoice(tuple(cost), peak, tuple(row))
+        for cost, peak, row in zip(final.cost.tolist(), final.peak.tolist(), options.tolist(), strict=True)
     ]
     return sorted(choices, key=lambda choice: (choice.cost, choice.peak, choice.options))
 
@@ -426,7 +593,7 @@ def solve(
         for i, o in enumerate(possible)
     ]
     relayouts = [between[i][np.ix_(possible[i], possible[i + 1])] for i in range(layers - 1)]
-    best = fastest_choice(rows, relayouts, float(budget))
+    best, _ = fastest_choice(rows, relayouts, float(budget))
     if best is None or not np.isfinite(best.cost[0]):
         return np.inf, None
     return best.cost[0], [int(o[i]) for o, i in zip(possible, best.options, strict=True)]
@@ -434,30 +601,57 @@ def solve(
 
 def fastest_choice(
     rows: Sequence[RowTable], relayouts: Sequence[Floats], budget: float, *, incumbent: float = np.inf
-) -> StageChoice | None:
-    """The choice of least cost for rows with one criterion; ``None`` if none fits or beats ``incumbent``.
+) -> tuple[StageChoice | None, bool]:
+    """The choice of least cost for rows with one criterion, or ``None`` if none fits or beats ``incumbent``.
 
-    A first pass with few labels finds a good plan quickly; the second one, exact, prunes against it. Of equal costs,
-    the smaller peak wins, then the earlier options.
+    A pass with few labels finds a good plan quickly; the next one prunes against it, until one needs no limit. Of
+    equal costs, the smaller peak wins, then the earlier options.
+
+    Returns:
+        The choice, and whether it is proven that no other one costs less.
     """
-    supports = [Support((1.0,))]
-    quick = solve_stage(rows, relayouts, budget, supports, incumbent=incumbent, limit=QUICK_LABEL_LIMIT)
-    known = min(quick[0].cost[0], incumbent) if quick else incumbent
-    exact = solve_stage(rows, relayouts, budget, supports, incumbent=known)
-    return exact[0] if exact else None
+    stage, supports = ReducedStage.of(rows, relayouts), [Support((1.0,))]
+    known, choices, exact = incumbent, list[StageChoice](), False
+    for limit in (*QUICK_LABEL_LIMITS, DEFAULT_LABEL_LIMIT):
+        choices, exact = stage.solve(budget, supports, known, limit)
+        if exact:
+            break
+        known = min([known, *(choice.cost[0] for choice in choices[:1])])
+    return (choices[0] if choices else None), exact
 
 
-def time_bound(rows: Sequence[RowTable], budget: float, weights: Sequence[float]) -> float:
-    """No choice that fits has a smaller weighted sum of criteria; infinite if it is plain that none fits."""
-    memory = _Memory(rows)
-    if memory.need[0] > budget or memory.step[0] > budget:
-        return np.inf
-    times = [row.cost @ np.array(weights) for row in memory.types]
-    best = sum(float(count * time.min()) for count, time in zip(memory.counts, times, strict=True))
-    for sizes, capacity in memory.budgets(budget):
-        values = _lagrangian_bounds(times, sizes, memory.counts, capacity)[1]
-        best = max(best, float(values.max(initial=-np.inf)))
-    return best
+class TimeBounds:
+    """Lower bounds on the time of a stage, for any budget and any weights.
+
+    Args:
+        rows: Options of each row.
+        known: What stages that share rows have found out about these.
+    """
+
+    def __init__(self, rows: Sequence[RowTable], known: dict[Hashable, Any] | None = None) -> None:
+        self._memory = _Memory(rows)
+        self._known = {} if known is None else known
+
+    def least(self, budget: float, weights: tuple[float, ...]) -> float:
+        """No choice that fits has a smaller weighted sum of criteria; infinite if it is plain that none fits."""
+        memory = self._memory
+        if memory.need[0] > budget or memory.step[0] > budget:
+            return np.inf
+        held, released = zip(*(self._trade_offs(row, weights) for row in memory.types), strict=True)
+        best = sum(float(count * time[-1]) for count, (_, time, _) in zip(memory.counts.tolist(), held, strict=True))
+        for trade_offs, (_, capacity) in zip((held, released), memory.budgets(budget), strict=True):
+            values = _lagrangian_bounds(trade_offs, memory.counts, capacity)[1]
+            best = max(best, float(values.max(initial=-np.inf)))
+        return best
+
+    def _trade_offs(self, row: RowTable, weights: tuple[float, ...]) -> tuple[Any, Any]:
+        """Time against what is held, and against what is released."""
+        key = (id(row), weights)
+        if key not in self._known:
+            time = row.cost @ np.array(weights)
+            self._known[key] = _trade_offs(time, row.held), _trade_offs(time, row.released)
+        found: tuple[Any, Any] = self._known[key]
+        return found
 
 
 def least_peak(rows: Sequence[RowTable], relayouts: Sequence[Floats]) -> float:

@@ -20,7 +20,7 @@ from dataclasses import replace
 import numpy as np
 
 from lightning_hetu.planning.cost_model import CostModel, Setting
-from lightning_hetu.planning.dynamic_programming import Floats, RowTable, time_bound
+from lightning_hetu.planning.dynamic_programming import Floats, RowTable
 from lightning_hetu.planning.layer_strategy import LayerStrategy
 from lightning_hetu.planning.partition import Cut, all_cuts, balanced_cut, count_cuts, neighbors
 from lightning_hetu.planning.pipeline import StageTimes
@@ -53,6 +53,7 @@ class PartitionSearch:
         self.variants = self.prices.variants
         self.exhaustive = count_cuts(model.num_layers, setting.num_stages) <= exhaustive_limit
         self._cuts: dict[Cut, SettingSearch] = {}
+        self._solved: dict[tuple[Cut, int], tuple[float, Found | None]] = {}
         self._starts: dict[str, Cut] | None = None
         self._roomiest: Cut | None = None
 
@@ -62,6 +63,14 @@ class PartitionSearch:
             setting = replace(self.setting, stages=stages)
             self._cuts[stages] = SettingSearch(self.model, setting, self.pins, self.prices)
         return self._cuts[stages]
+
+    def _best_of_cut(self, stages: Cut, capacity: int, incumbent: float) -> Found | None:
+        """What :meth:`SettingSearch.best` finds for one cut; a cut is not solved again for a smaller ``incumbent``."""
+        known, found = self._solved.get((stages, capacity), (-np.inf, None))
+        if incumbent > known and (found is None or found.time > known * (1 + _TIE)):
+            known, found = incumbent, self.cut(stages).best(capacity, incumbent)
+            self._solved[stages, capacity] = known, found
+        return found
 
     # ---- bounds -----------------------------------------------------------------------------------------------------
 
@@ -74,7 +83,7 @@ class PartitionSearch:
         setting, form = self.setting, self.model.pipeline_form(self.setting)
         rows = [self._plain_table(row, options[row]) for row in range(setting.num_rows)]
         weights = tuple(map(min, zip(*form.even_weights(setting.num_stages), strict=True)))
-        together = time_bound(rows, setting.num_stages * capacity, weights)
+        together = self.prices.time_bound(rows, setting.num_stages * capacity, weights)
         # The stage of a row takes that row's time in every round. Rows in front of it are passed, or in the same stage.
         seconds = np.array([float(row.cost[:, :2].sum(axis=1).min()) for row in rows])
         once = np.array([float(row.cost[:, 2:4].sum(axis=1).min()) for row in rows])
@@ -160,7 +169,7 @@ class PartitionSearch:
                 break
             if idle >= _IDLE_CUTS and not self.exhaustive and index > 0:
                 continue
-            found = self.cut(candidates[index]).best(capacity, known)
+            found = self._best_of_cut(candidates[index], capacity, known)
             better = found is not None and (best is None or found.key() < best.key())
             idle = 0 if better else idle + 1
             best = found if better else best
@@ -183,7 +192,7 @@ class PartitionSearch:
                 if bound >= best.time * (1 - _TIE):
                     break
                 tried.add(other)
-                found = self.cut(other).best(capacity, best.time)
+                found = self._best_of_cut(other, capacity, best.time)
                 if found is not None and found.time < best.time * (1 - _TIE):
                     better = found
                     break

@@ -224,8 +224,16 @@ class _Batch:
     played: ScheduleSearch | None = None
 
     @classmethod
-    def of(cls, model: CostModel, size: int, budget: int, pins: Pins, progress: Progress | None) -> _Batch:
-        """Looks for the best plan of a batch size, most promising settings first."""
+    def of(
+        cls,
+        model: CostModel,
+        size: int,
+        budget: int,
+        pins: Pins,
+        progress: Progress | None,
+        slowest: float = float("inf"),
+    ) -> _Batch:
+        """Looks for the best plan of a batch size, most promising settings first; slower ones than ``slowest`` not."""
         batch = cls(_prepare(model, size, pins))
         capacity = budget - model.reserve(budget)
         batch.bounds = [setting.lower_bound(capacity) for setting in batch.settings]
@@ -235,15 +243,16 @@ class _Batch:
             if progress is not None and batch.settings:
                 progress(len(batch.settings), len(batch.settings))
         else:
-            batch.search(capacity, progress)
+            batch.search(capacity, progress, slowest)
         return batch
 
-    def search(self, capacity: int, progress: Progress | None) -> None:
+    def search(self, capacity: int, progress: Progress | None, slowest: float) -> None:
         """Solves the settings that may hold the best plan."""
         order = sorted((bound, index) for index, bound in enumerate(self.bounds))
         for done, (bound, index) in enumerate(order, start=1):
-            incumbent = float("inf") if self.best is None else self.best.time
-            if bound < float("inf") and _may_beat(self.settings[index].setting, bound, self.best):
+            incumbent = slowest if self.best is None else self.best.time
+            hopeless = bound == float("inf") or bound > slowest * (1 + _TIE)
+            if not hopeless and _may_beat(self.settings[index].setting, bound, self.best):
                 found = self.settings[index].best(capacity, incumbent)
                 if found is not None:
                     self.found[index] = found
@@ -344,7 +353,8 @@ def _search_batch_sizes(model: CostModel, budget: int, pins: Pins, progress: Pro
     tried: list[_Batch] = []
     size, idle = pins.num_microbatches or 1, 0
     while size <= _LARGEST_BATCH and idle < _PATIENCE:
-        batch = _Batch.of(model, size, budget, pins, progress)
+        slowest = float("inf") if best is None or best[0] == float("inf") else size / best[0]
+        batch = _Batch.of(model, size, budget, pins, progress, slowest)
         if batch.possible and best is None:
             tried.append(batch)
         if batch.feasible:

@@ -10,19 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from lightning_hetu.planning.cost_model import CostModel, Setting
 from lightning_hetu.planning.dynamic_programming import (
     Floats,
+    ReducedStage,
     RowTable,
     StageChoice,
     Support,
+    TimeBounds,
     fastest_choice,
     least_peak,
-    solve_stage,
-    time_bound,
 )
 from lightning_hetu.planning.layer_strategy import LayerStrategy
 from lightning_hetu.planning.pipeline import EVERY_MICROBATCH, ONCE_PER_STEP, StageTimes, Weights, stage_supports
@@ -30,8 +31,14 @@ from lightning_hetu.planning.plan import HybridPlan
 from lightning_hetu.planning.search_space import Pins
 
 _PIPELINE_LABEL_LIMIT = 96
+_PIPELINE_LABEL_LIMITS = (12, _PIPELINE_LABEL_LIMIT)
 _TIE = 1e-9
-_DIRECTIONS: tuple[Weights, Weights] = (1.0, 0.0, 0.0, 0.0, 0.0), (0.0, 1.0, 0.0, 0.0, 0.0)
+_BOUNDED: tuple[Weights, ...] = (
+    EVERY_MICROBATCH,
+    ONCE_PER_STEP,
+    (1.0, 0.0, 0.0, 0.0, 0.0),
+    (0.0, 1.0, 0.0, 0.0, 0.0),
+)
 
 
 @dataclass(frozen=True)
@@ -86,7 +93,7 @@ class Prices:
     def __init__(self, model: CostModel, setting: Setting, pins: Pins) -> None:
         self.model = model
         everything: dict[tuple[LayerStrategy, ...], tuple[LayerStrategy, ...]] = {}
-        rows = [tuple(pins.options(model, row, setting)) for row in range(setting.num_rows)]
+        rows = _options(model, setting, pins)
         self.variants: list[tuple[list[tuple[LayerStrategy, ...]], int]] = []
         for restriction in model.restrictions(setting):
             allowed = [tuple(s for s in row if restriction.allows(s)) for row in rows]
@@ -101,10 +108,14 @@ class Prices:
                     self.variants.append((same, int(restriction.base.sum())))
         self._tables: dict[Hashable, RowTable] = {}
         self._relayouts: dict[Hashable, Floats] = {}
-        self._choices: dict[Hashable, StageChoice | None] = {}
+        self._choices: dict[Hashable, tuple[StageChoice | None, bool]] = {}
+        self._reduced: dict[Hashable, ReducedStage] = {}
         self._peaks: dict[Hashable, float] = {}
         self._held: dict[Hashable, float] = {}
         self._bounds: dict[Hashable, float] = {}
+        self._stage_bounds: dict[Hashable, tuple[float, ...]] = {}
+        self._time_bounds: dict[Hashable, TimeBounds] = {}
+        self._trade_offs: dict[Hashable, Any] = {}
         self._stages: dict[Hashable, StageTables] = {}
         self._keys: dict[tuple[int, ...], int] = {}
 
@@ -167,16 +178,54 @@ class Prices:
     def bound(self, stage: StageTables, capacity: int, weights: Weights) -> float:
         """No choice of a stage that fits has a smaller weighted sum, remembered; infinite if plainly none fits."""
         key = (stage.key, capacity - stage.base, weights)
-        if key not in self._bounds:
-            self._bounds[key] = time_bound(stage.rows, capacity - stage.base, weights)
-        return self._bounds[key]
+        found = self._bounds.get(key)
+        if found is None:
+            found = self._bounds[key] = self.time_bound(stage.rows, capacity - stage.base, weights, stage.key)
+        return found
+
+    def bounds(self, stage: StageTables, capacity: int) -> tuple[float, ...]:
+        """Bounds on the time of a microbatch, on what is done once per step, on a forward and on a backward."""
+        key = (stage.key, capacity - stage.base)
+        found = self._stage_bounds.get(key)
+        if found is None:
+            found = tuple(self.bound(stage, capacity, weights) for weights in _BOUNDED)
+            self._stage_bounds[key] = found
+        return found
+
+    def time_bound(
+        self, rows: Sequence[RowTable], budget: float, weights: Weights, key: Hashable | None = None
+    ) -> float:
+        """The same for any rows whose prices are from here."""
+        bounds = self._time_bounds.get(key)
+        if bounds is None:
+            bounds = TimeBounds(rows, self._trade_offs)
+            if key is not None:
+                self._time_bounds[key] = bounds
+        return bounds.least(budget, weights)
 
     def least_sum(self, stage: StageTables, capacity: int, weights: Weights) -> StageChoice | None:
         """The choice of least weighted sum of the times of one stage, remembered."""
+        return self._least_sum(stage, capacity, weights)[0]
+
+    def _least_sum(self, stage: StageTables, capacity: int, weights: Weights) -> tuple[StageChoice | None, bool]:
         key = (stage.key, capacity - stage.base, weights)
         if key not in self._choices:
             self._choices[key] = least_sum(stage, capacity, weights, np.inf)
         return self._choices[key]
+
+    def proven(self, stage: StageTables, capacity: int, weights: Weights) -> float:
+        """The same as :meth:`bound`, or the least weighted sum itself where that is known already."""
+        choice, exact = self._choices.get((stage.key, capacity - stage.base, weights), (None, False))
+        if choice is None or not exact:
+            return self.bound(stage, capacity, weights)
+        return float(np.dot(weights, choice.cost))
+
+    def reduced(self, stage: StageTables, comparison: Floats) -> ReducedStage:
+        """A stage without needless options, remembered."""
+        key = (stage.key, comparison.tobytes())
+        if key not in self._reduced:
+            self._reduced[key] = ReducedStage.of(stage.rows, stage.relayouts, comparison)
+        return self._reduced[key]
 
     def least_peak(self, stage: StageTables) -> float:
         """Fewest bytes of the rows of one stage, remembered."""
@@ -210,27 +259,24 @@ class SettingSearch:
         """No plan of a variant in ``capacity`` bytes is faster; infinite if plainly none fits."""
         if len(stages) == 1 and self.model.additive_sync:
             return self.prices.bound(stages[0], capacity, self._in_turn)
-        seconds, once = (self.stage_bounds(stages, capacity, weights) for weights in (EVERY_MICROBATCH, ONCE_PER_STEP))
+        seconds, once, forward, backward = self._bounds(stages, capacity)
         if not np.all(np.isfinite([*seconds, *once])):
             return np.inf
         if len(stages) == 1 or not self.model.exact_pipeline:
             return self.model.time_bound(seconds, once, self.setting)
         form = self.model.pipeline_form(self.setting)
-        forward, backward = (self.stage_bounds(stages, capacity, weights) for weights in _DIRECTIONS)
         bound = form.time_bound(seconds, forward, backward)
         # Time and synchronization are bounded together: the option that is best in one is seldom best in the other.
         even = zip(stages, form.even_weights(len(stages)), strict=True)
         return max(bound, sum(self.prices.bound(stage, capacity, weights) for stage, weights in even))
 
-    def stage_bounds(self, stages: Sequence[StageTables], capacity: int, weights: Weights) -> list[float]:
-        """Least weighted sum of the times of each stage of a variant."""
-        return [self.prices.bound(stage, capacity, weights) for stage in stages]
+    def _bounds(self, stages: Sequence[StageTables], capacity: int) -> list[tuple[float, ...]]:
+        """Least time of a microbatch, once per step, of a forward and of a backward of each stage of a variant."""
+        return list(zip(*(self.prices.bounds(stage, capacity) for stage in stages), strict=True))
 
     def least_times(self, stages: Sequence[StageTables], capacity: int) -> list[StageTimes]:
         """Times of one microbatch of each stage of a variant that add up to the least ones; infinite if none fits."""
-        seconds, forward = (
-            self.stage_bounds(stages, capacity, weights) for weights in (EVERY_MICROBATCH, _DIRECTIONS[0])
-        )
+        seconds, _, forward, _ = self._bounds(stages, capacity)
         pairs = zip(seconds, forward, strict=True)
         return [StageTimes(part, whole - part if np.isfinite(part) else np.inf) for whole, part in pairs]
 
@@ -283,14 +329,16 @@ class SettingSearch:
         in_turn = self._in_turn
         free_sync = (*in_turn[:2], 0.0, 0.0, 0.0)
         if len(stages) == 1 and self.model.additive_sync:
-            choice = least_sum(stages[0], capacity, in_turn, known)
+            choice, _ = least_sum(stages[0], capacity, in_turn, known)
             return None if choice is None else [choice]
         # Every stage for itself gives a good plan to prune with.
         best: list[StageChoice] | None = None
+        alone: list[list[StageChoice]] = []
         for weights in (in_turn, (1.0, 1.0, 1.0, 1.0, 1.0) if len(stages) > 1 else free_sync):
             choices = self._each_alone(stages, capacity, weights)
             if choices is None:
                 return None
+            alone.append(choices)
             if best is None or self._time(choices) < self._time(best):
                 best = choices
             # A single stage takes at least ``m * time`` and at least ``m * time + synchronization``.
@@ -303,34 +351,54 @@ class SettingSearch:
         known = min(known, self._time(best))
 
         def at_least(stage: int, weights: Weights) -> float:
-            return self.prices.bound(stages[stage], capacity, weights)
+            return self.prices.proven(stages[stage], capacity, weights)
 
         form = self.model.pipeline_form(self.setting)
         asked = form.demands(at_least, len(stages))
         if max(demand.bound for demand in asked) > known * (1 + _TIE):
             return None
-        fronts = []
-        for index, stage in enumerate(stages):
-            supports = stage_supports(asked, at_least, index)
-            if len(stages) == 1:  # its synchronization may be hidden, but not be less than free
-                supports.append(Support(free_sync))
-            front = solve_stage(
-                stage.rows,
-                stage.relayouts,
-                capacity - stage.base,
-                supports,
-                comparison=form.comparison(index, len(stages)),
-                incumbent=known,
-                limit=_PIPELINE_LABEL_LIMIT,
-            )
-            if not front:
+        supports = [stage_supports(asked, at_least, index) for index in range(len(stages))]
+        fronts: list[list[StageChoice]] | None
+        if len(stages) == 1:  # its synchronization may be hidden, but not be less than free
+            supports[0].append(Support(free_sync))
+            fronts, _ = self._fronts(stages, capacity, supports, known, _PIPELINE_LABEL_LIMIT)
+            if fronts is None:
                 return None
-            fronts.append(front)
-        if len(stages) == 1:
             return [min(fronts[0], key=lambda choice: (self._time([choice]), choice.peak, choice.options))]
-        combined = form.combine(fronts, known)
-        # Every stage for itself was at least as good as what was left out.
-        return best if combined is None or combined[0] > self._time(best) else combined[1]
+        # A mixture of the two, and what few labels find, are better plans to prune with.
+        for limit in (0, *_PIPELINE_LABEL_LIMITS):
+            if limit:
+                fronts, exact = self._fronts(stages, capacity, supports, known, limit)
+            else:
+                fronts, exact = [list(both) for both in zip(*alone, strict=True)], False
+            combined = None if fronts is None else form.combine(fronts, known)
+            # Every stage for itself was at least as good as what was left out.
+            if combined is not None and combined[0] <= self._time(best):
+                best = combined[1]
+                known = min(known, combined[0])
+            if exact:
+                break
+        # Where labels were left out, a stage may seem to have no choice that is as good as the known ones.
+        return best if fronts is not None or self._time(best) <= known * (1 + _TIE) else None
+
+    def _fronts(
+        self,
+        stages: Sequence[StageTables],
+        capacity: int,
+        supports: Sequence[Sequence[Support]],
+        known: float,
+        limit: int,
+    ) -> tuple[list[list[StageChoice]] | None, bool]:
+        """Choices of each stage that may beat a known plan, ``None`` where one has none, and whether these are all."""
+        form, fronts, exact = self.model.pipeline_form(self.setting), [], True
+        for index, (stage, own) in enumerate(zip(stages, supports, strict=True)):
+            reduced = self.prices.reduced(stage, form.comparison(index, len(stages)))
+            front, whole = reduced.solve(capacity - stage.base, own, known, limit)
+            exact = exact and whole
+            if not front:
+                return None, whole
+            fronts.append(front)
+        return fronts, exact
 
     def _each_alone(self, stages: Sequence[StageTables], capacity: int, weights: Weights) -> list[StageChoice] | None:
         """The least weighted sum of the times of each stage; ``None`` if one does not fit."""
@@ -342,17 +410,30 @@ class SettingSearch:
         return self.model.step_time([StageTimes(*choice.cost) for choice in choices], self.setting)
 
 
-def least_sum(stage: StageTables, capacity: int, weights: Weights, incumbent: float) -> StageChoice | None:
-    """The choice of least weighted sum of one stage, with all criteria."""
+def _options(model: CostModel, setting: Setting, pins: Pins) -> list[tuple[LayerStrategy, ...]]:
+    """Strategies of every row; rows of one kind and pin have the same."""
+    found: dict[Hashable, tuple[LayerStrategy, ...]] = {}
+    options = []
+    for row in range(setting.num_rows):
+        block = 0 < row <= model.num_layers
+        key = (model.row_kind(row), pins.layers[row - 1] if block and pins.layers is not None else None)
+        if key not in found:
+            found[key] = tuple(pins.options(model, row, setting))
+        options.append(found[key])
+    return options
+
+
+def least_sum(stage: StageTables, capacity: int, weights: Weights, incumbent: float) -> tuple[StageChoice | None, bool]:
+    """The choice of least weighted sum of one stage, with all criteria, and whether it is proven to be that."""
     # Layers of one type stay one object: the dynamic program works once for all of them.
     factors = np.array(weights)
     summed = {id(r): RowTable(r.held, r.released, r.working, r.step, (r.cost @ factors)[:, None]) for r in stage.rows}
     scaled = {id(matrix): matrix @ factors for matrix in stage.relayouts}
     rows, relayouts = [summed[id(r)] for r in stage.rows], [scaled[id(matrix)] for matrix in stage.relayouts]
-    choice = fastest_choice(rows, relayouts, capacity - stage.base, incumbent=incumbent)
+    choice, exact = fastest_choice(rows, relayouts, capacity - stage.base, incumbent=incumbent)
     if choice is None:
-        return None
+        return None, exact
     cost = sum(row.cost[option] for row, option in zip(stage.rows, choice.options, strict=True))
     pairs = zip(stage.relayouts, choice.options[:-1], choice.options[1:], strict=True)
     cost = sum((matrix[a, b] for matrix, a, b in pairs), start=cost)
-    return StageChoice(tuple(cost.tolist()), choice.peak, choice.options)
+    return StageChoice(tuple(cost.tolist()), choice.peak, choice.options), exact

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 from lightning_hetu.planning import solve
-from lightning_hetu.planning.dynamic_programming import RowTable, Support, least_peak, solve_stage
+from lightning_hetu.planning.dynamic_programming import (
+    RowTable,
+    Support,
+    TimeBounds,
+    fastest_choice,
+    least_peak,
+    solve_stage,
+)
 from lightning_hetu.planning.pareto import non_dominated
 
 
@@ -157,6 +164,44 @@ def test_non_dominated_points_are_those_of_the_definition(columns: int) -> None:
         assert len(np.unique(kept, axis=0)) == len(kept)
         expected = {tuple(p) for p in points if not np.any(np.all(points <= p, axis=1) & np.any(points < p, axis=1))}
         assert {tuple(p) for p in kept} == expected
+
+
+def test_infinite_points_are_beaten_by_finite_ones() -> None:
+    """A column that is infinite for some points does not stop the others from being compared."""
+    points = np.array([[2.0, 2.0, np.inf], [1.0, 1.0, 1.0], [0.0, 2.0, np.inf], [0.0, 3.0, np.inf], [2.0, 0.0, 2.0]])
+    assert non_dominated(points).tolist() == [1, 2, 4]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_fastest_choice_and_its_bounds_equal_every_choice(seed: int) -> None:
+    """The least weighted sum is that of brute force, and no bound on it is above; without limits both are equal."""
+    rng = random.Random(seed)
+    layers, strategies = rng.randint(1, 4), rng.randint(2, 4)
+    rows = random_rows(rng, layers, strategies)
+    if rng.random() < 0.5:
+        rows = [rows[0]] * layers
+    relayouts = [np.array([[float(rng.randint(0, 9)) for _ in range(strategies)] for _ in range(strategies)])]
+    relayouts *= layers - 1
+    choices = list(itertools.product(range(strategies), repeat=layers))
+    peaks = {choice: phases(rows, choice) for choice in choices}
+    budget = sorted(peaks.values())[rng.randrange(len(peaks))]
+    weights = (2.0, 1.0)
+
+    def seconds(choice: tuple[int, ...], *, relayout: bool) -> float:
+        own = sum(float(row.cost[s] @ weights) for row, s in zip(rows, choice, strict=True))
+        moves = sum(float(m[a, b]) for m, (a, b) in zip(relayouts, itertools.pairwise(choice), strict=True))
+        return own + (moves if relayout else 0.0)
+
+    fits = [choice for choice in choices if peaks[choice] <= budget]
+    weighted = {
+        id(row): RowTable(row.held, row.released, row.working, row.step, (row.cost @ weights)[:, None]) for row in rows
+    }
+    found, proven = fastest_choice([weighted[id(row)] for row in rows], relayouts, budget)
+    assert proven and found is not None
+    assert found.cost[0] == min(seconds(choice, relayout=True) for choice in fits)
+    bounds = TimeBounds(rows)
+    assert bounds.least(budget, weights) <= min(seconds(choice, relayout=False) for choice in fits) * (1 + 1e-12)
+    assert bounds.least(1e9, weights) == min(seconds(choice, relayout=False) for choice in choices)
 
 
 def test_one_relayout_matrix_serves_all_pairs() -> None:
