@@ -19,88 +19,27 @@ every remaining row takes the strategy of least ``time + u * memory``, whatever 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from lightning_hetu.planning.label_bounds import LabelBounds
 from lightning_hetu.planning.pareto import non_dominated
+from lightning_hetu.planning.stage_tables import (
+    Floats,
+    Labels,
+    Move,
+    RowTable,
+    StageChoice,
+    Support,
+    moves_between,
+)
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-
-_NUM_PRICES = 6
-_NUM_BOUNDS = 6
-"""Lower bounds that are computed of each extended label."""
-_RELATIVE_SLACK = 1e-9
 DEFAULT_LABEL_LIMIT = 4096
 QUICK_LABEL_LIMITS = (24, 192)
-
-
-@dataclass(frozen=True)
-class RowTable:
-    """The options of one row; arrays of ``S`` entries.
-
-    Args:
-        held: ``H``, bytes after forward.
-        released: ``R``, bytes after backward.
-        working: ``W``, bytes while the row runs, larger of forward and backward; at least ``H``.
-        step: Bytes in the optimizer step.
-        cost: ``[S, C]`` seconds; ``C`` criteria that add up along the rows.
-    """
-
-    held: Floats
-    released: Floats
-    working: Floats
-    step: Floats
-    cost: Floats
-
-    def take(self, options: NDArray[np.intp]) -> RowTable:
-        """The table of some of the options."""
-        columns = (self.held, self.released, self.working, self.step, self.cost)
-        return RowTable(*(column[options] for column in columns))
-
-
-@dataclass(frozen=True)
-class StageChoice:
-    """One way to choose the strategies of a stage.
-
-    Args:
-        cost: Sum of each criterion, relayouts included.
-        peak: Bytes in the fullest phase.
-        options: Index of the chosen option of each row.
-    """
-
-    cost: tuple[float, ...]
-    peak: float
-    options: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Support:
-    """A linear lower bound on the time of a whole plan: ``constant + weights . criteria`` of this stage."""
-
-    weights: tuple[float, ...]
-    constant: float = 0.0
-
-
-@dataclass
-class _Labels:
-    """Partial choices up to one row: ``n`` labels."""
-
-    held: Floats
-    peak: Floats
-    step: Floats
-    cost: Floats  # [n, C]
-    layout: Ints
-    parent: Ints
-    option: Ints
-
-    def take(self, index: NDArray[np.intp]) -> _Labels:
-        return _Labels(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
 
 
 def solve_stage(
@@ -133,37 +72,6 @@ def solve_stage(
 
 
 @dataclass(frozen=True)
-class _Move:
-    """The step from one row to the next.
-
-    Options whose relayouts to the next row cost the same are one *layout*, ``D`` of them.
-
-    Args:
-        layout_of: ``[S]`` layout of each option of the row in front.
-        cost: ``[D, S of the next row, C]`` seconds.
-    """
-
-    layout_of: Ints
-    cost: Floats
-
-
-def _moves(rows: Sequence[RowTable], relayouts: Sequence[Floats]) -> list[_Move]:
-    """The steps into each row, and the one behind the last row; equal ones are the same object."""
-    criteria = rows[0].cost.shape[1]
-    found = [_Move(np.zeros(1, dtype=np.int64), np.zeros((1, rows[0].held.size, criteria)))]
-    done: dict[int, _Move] = {}
-    for matrix in relayouts:
-        if id(matrix) not in done:
-            _, first, layout_of = np.unique(
-                matrix.reshape(len(matrix), -1), axis=0, return_index=True, return_inverse=True
-            )
-            done[id(matrix)] = _Move(layout_of.reshape(-1).astype(np.int64), matrix[first])
-        found.append(done[id(matrix)])
-    found.append(_Move(np.zeros(rows[-1].held.size, dtype=np.int64), np.zeros((1, 0, criteria))))
-    return found
-
-
-@dataclass(frozen=True)
 class ReducedStage:
     """A stage without the options that are never needed, ready to be solved for any budget.
 
@@ -175,7 +83,7 @@ class ReducedStage:
     """
 
     rows: tuple[RowTable, ...]
-    moves: tuple[_Move, ...]
+    moves: tuple[Move, ...]
     kept: tuple[NDArray[np.intp], ...]
     compare: Floats
 
@@ -188,16 +96,16 @@ class ReducedStage:
         compare = np.eye(num_criteria) if comparison is None else comparison
         spread = {id(matrix): _of_all_criteria(matrix, num_criteria) for matrix in relayouts}
         tables, between, kept = _drop_dominated_options(rows, [spread[id(matrix)] for matrix in relayouts], compare)
-        return cls(tuple(tables), tuple(_moves(tables, between)), tuple(kept), compare)
+        return cls(tuple(tables), tuple(moves_between(tables, between)), tuple(kept), compare)
 
     def solve(
         self, budget: float, supports: Sequence[Support], incumbent: float = np.inf, limit: int = DEFAULT_LABEL_LIMIT
     ) -> tuple[list[StageChoice], bool]:
         """The choices of :func:`solve_stage`, and whether none was left out for the limit on labels."""
-        bound = _Bound(self.rows, self.moves, budget, supports, incumbent)
+        bound = LabelBounds(self.rows, self.moves, budget, supports, incumbent)
         track_step = any(np.any(row.step > np.minimum(row.held, row.working)) for row in self.rows)
-        history: list[_Labels] = []
-        labels = _Labels(
+        history: list[Labels] = []
+        labels = Labels(
             held=np.zeros(1),
             peak=np.full(1, -np.inf),
             step=np.zeros(1),
@@ -230,223 +138,6 @@ def _of_all_criteria(relayout: Floats, num_criteria: int) -> Floats:
         return relayout
     found = np.zeros((*relayout.shape, num_criteria))
     found[:, :, :1] = relayout[:, :, None] if num_criteria else 0.0
-    return found
-
-
-class _Memory:
-    """What rows hold at least. Layers of one type share a table, so the work is per type."""
-
-    def __init__(self, rows: Sequence[RowTable]) -> None:
-        self.types = list({id(row): row for row in rows}.values())
-        position = {id(row): index for index, row in enumerate(self.types)}
-        self.which = np.array([position[id(row)] for row in rows])
-        self.counts = np.bincount(self.which)
-        self.released = self.suffix([float(row.released.min()) for row in self.types])
-        self.step = self.suffix([float(row.step.min()) for row in self.types])
-        # need[i]: of rows i and later while they run, on top of what the rows in front of them hold
-        held = [float(row.held.min()) for row in self.types]
-        working = [float(row.working.min()) for row in self.types]
-        self.need = np.zeros(len(rows) + 1)
-        for index in reversed(range(len(rows))):
-            kind = self.which[index]
-            later = held[kind] + self.need[index + 1] if index + 1 < len(rows) else 0.0
-            self.need[index] = max(working[kind] + self.released[index + 1], later)
-        # rise[i]: by how much the fullest phase of rows i and later exceeds what the rows in front of them hold, less
-        # what these rows have left
-        kept = [float((row.held - row.released).min()) for row in self.types]
-        spare = [float((row.working - row.released).min()) for row in self.types]
-        self.rise = np.full(len(rows) + 1, -np.inf)
-        for index in reversed(range(len(rows))):
-            kind = self.which[index]
-            self.rise[index] = max(spare[kind], kept[kind] + self.rise[index + 1])
-        # Two relaxed budgets: what is held at the end of forward, and what is left after backward.
-        self._tail = float((rows[-1].working - rows[-1].held).min())
-        # The peak starts with the first row's work, not with what that row has left.
-        self._head = max(0.0, float((rows[0].released - rows[0].working).max()))
-
-    def suffix(self, least: Sequence[float]) -> Floats:
-        """``out[i]`` is the sum of the least values of rows ``i`` and later; one entry longer than the rows."""
-        return np.concatenate([np.cumsum(np.array(least, dtype=float)[self.which][::-1])[::-1], [0.0]])
-
-    def budgets(self, budget: float) -> tuple[tuple[list[Floats], float], tuple[list[Floats], float]]:
-        """What is held and what is released by the options of each type, each with the bytes for all rows together."""
-        held, released = [row.held for row in self.types], [row.released for row in self.types]
-        return (held, budget - self._tail), (released, budget + self._head)
-
-
-class _Bound:
-    """What the rows that are still to come must take at least: memory, and time at several prices per byte.
-
-    The time is the least of ``time + price * memory`` over all ways to go on from an option, relayouts included.
-    """
-
-    def __init__(
-        self,
-        rows: Sequence[RowTable],
-        moves: Sequence[_Move],
-        budget: float,
-        supports: Sequence[Support],
-        incumbent: float,
-    ) -> None:
-        self.budget = budget
-        self.limit = incumbent * (1 + _RELATIVE_SLACK) if np.isfinite(incumbent) else np.inf
-        memory = _Memory(rows)
-        self.need, self.released, self.step = memory.need, memory.released, memory.step
-        self.rise = memory.rise
-        weights: list[Floats] = []
-        prices: list[tuple[float, float]] = []  # of what is held, of the peak
-        constants: list[float] = []
-        for support in supports:
-            own = np.array(support.weights, dtype=float)
-            times = [row.cost @ own for row in memory.types]
-            chosen = [(0.0, 0.0)]
-            for kind, (sizes, capacity) in enumerate(memory.budgets(budget)):
-                found = _prices(list(map(_trade_offs, times, sizes)), memory.counts, capacity)
-                chosen += [(price, 0.0) if kind == 0 else (0.0, price) for price in found]
-            prices += chosen
-            weights += [own] * len(chosen)
-            constants += [support.constant - sum(pair) * budget if any(pair) else support.constant for pair in chosen]
-        self.weights = np.array(weights).reshape(len(weights), rows[0].cost.shape[1])  # [T, C]
-        self.prices = np.array(prices).reshape(-1, 2)  # [T, 2]
-        self.constants = np.array(constants)
-        self._own: dict[tuple[int, bool], Floats] = {}
-        self._moves: dict[int, Floats] = {}
-        # still[l]: [T, S of row l], of the rows behind it
-        self.still = [np.zeros((len(self.constants), rows[-1].held.size))]
-        for index in reversed(range(1, len(rows))):
-            after = self._row(rows[index], last=index + 1 == len(rows)) + self.still[-1]
-            move = self._move(moves[index])
-            self.still.append((move + after[:, None]).min(axis=2)[:, moves[index].layout_of])
-        self.still.reverse()
-
-    def _row(self, row: RowTable, *, last: bool = False) -> Floats:
-        """``[T, S]`` weighted time and priced memory of the options of a row."""
-        key = id(row), last
-        if key not in self._own:
-            # What the last row holds besides while it works adds to what all rows hold.
-            held = row.working if last else row.held
-            self._own[key] = self.weights @ row.cost.T + self.prices[:, :1] * held + self.prices[:, 1:] * row.released
-        return self._own[key]
-
-    def _move(self, move: _Move) -> Floats:
-        """``[T, D, S]`` weighted relayouts."""
-        if id(move) not in self._moves:
-            self._moves[id(move)] = np.moveaxis(move.cost @ self.weights.T, -1, 0)
-        return self._moves[id(move)]
-
-    def extend(self, labels: _Labels, index: int, row: RowTable, move: _Move) -> _Labels:
-        """Every label with every option of the next row, as far as that may fit and beat the incumbent."""
-        after = index + 1
-        held = labels.held[:, None] + row.held
-        peak = np.maximum(labels.peak[:, None] + row.released, labels.held[:, None] + row.working)
-        # A peak that later phases exceed in any case is as good as what they take at least.
-        np.maximum(peak, held + self.rise[after], out=peak)
-        step = labels.step[:, None] + row.step
-        fits = (
-            (held + self.need[after] <= self.budget)
-            & (peak + self.released[after] <= self.budget)
-            & (step + self.step[after] <= self.budget)
-        )
-        if np.isfinite(self.limit) and self.constants.size:
-            fits = self._promising(labels, index, row, move, fits, peak)
-        parent, option = np.nonzero(fits)
-        return _Labels(
-            held=held[parent, option],
-            peak=peak[parent, option],
-            step=step[parent, option],
-            cost=labels.cost[parent] + (row.cost + move.cost)[labels.layout[parent], option],
-            layout=np.zeros(parent.size, dtype=np.int64),
-            parent=parent,
-            option=option,
-        )
-
-    def _promising(
-        self, labels: _Labels, index: int, row: RowTable, move: _Move, fits: NDArray[np.bool_], peak: Floats
-    ) -> NDArray[np.bool_]:
-        """Those of the pairs of label and option, ``[n, S]``, whose lower bounds do not exceed the incumbent.
-
-        What bounds a label best also bounds what it is extended to well, so only those bounds are computed.
-        """
-        so_far = labels.cost @ self.weights.T + self.constants + self.prices[:, 0] * labels.held[:, None]
-        if index:
-            bounds = so_far + self.prices[:, 1] * labels.peak[:, None] + self.still[index - 1].T[labels.option]
-            most = min(_NUM_BOUNDS, bounds.shape[1])
-            chosen = np.argpartition(-bounds, most - 1, axis=1)[:, :most]
-        else:
-            chosen = np.arange(so_far.shape[1])[None]
-        # What the option adds, whatever the label: [T, D, S]
-        added = self.weights @ row.cost.T + self.prices[:, :1] * row.held + self.still[index]
-        added = self._move(move) + added[:, None]
-        everyone = np.arange(labels.held.size)
-        for terms in chosen.T:
-            value = added[terms, labels.layout]
-            value += so_far[everyone, terms][:, None]
-            price = self.prices[terms, 1]
-            if price.any():
-                value += price[:, None] * peak
-            fits &= value <= self.limit
-        return fits
-
-    def final_time(self, labels: _Labels, index: int) -> Floats:
-        """Lower bound on the time of any plan that begins with each label of a row."""
-        if not self.constants.size:
-            return np.full(labels.held.size, -np.inf)
-        bounds = labels.cost @ self.weights.T + self.constants + self.still[index].T[labels.option]
-        bounds += self.prices[:, 0] * labels.held[:, None]
-        bounds += self.prices[:, 1] * labels.peak[:, None]
-        return np.asarray(bounds.max(axis=1))
-
-
-def _trade_offs(time: Floats, size: Floats) -> tuple[Floats, Floats, Floats]:
-    """The options that are best at some price per byte: the prices at which they change, their times, their sizes."""
-    hull: list[tuple[float, float]] = []
-    rates: list[float] = []  # rates[i] is the price between hull[i] and hull[i + 1], descending
-    for spent, taken in sorted(zip(size.tolist(), time.tolist(), strict=True)):
-        if hull and taken >= hull[-1][1]:
-            continue
-        while hull:
-            last_spent, last_taken = hull[-1]
-            rate = (last_taken - taken) / (spent - last_spent) if spent > last_spent else np.inf
-            if not rates or rate < rates[-1]:
-                rates.append(rate)
-                break
-            hull.pop()
-            rates.pop()
-        hull.append((spent, taken))
-    points = np.array(hull)
-    return np.array(rates), points[:, 1], points[:, 0]
-
-
-def _lagrangian_bounds(
-    trade_offs: Sequence[tuple[Floats, Floats, Floats]], counts: NDArray[np.intp], capacity: float
-) -> tuple[Floats, Floats]:
-    """Prices per byte, ascending, and the lower bound on the time that each gives.
-
-    One of the prices at which some type of rows changes its option gives the best bound.
-
-    Args:
-        trade_offs: Those of each type of rows.
-        counts: Rows of each type.
-        capacity: Bytes for all of them together.
-    """
-    prices = np.array(sorted({rate for rates, _, _ in trade_offs for rate in rates.tolist()}))
-    if not np.isfinite(capacity):
-        prices = prices[:0]
-    values = -prices * capacity
-    for (_, time, size), count in zip(trade_offs, counts.tolist(), strict=True):
-        values += count * (time + prices[:, None] * size).min(axis=1)
-    return prices, values
-
-
-def _prices(
-    trade_offs: Sequence[tuple[Floats, Floats, Floats]], counts: NDArray[np.intp], capacity: float
-) -> list[float]:
-    """Prices per byte near the one with the best Lagrangian bound."""
-    prices, values = _lagrangian_bounds(trade_offs, counts, capacity)
-    if not prices.size:
-        return []
-    low = max(0, int(values.argmax()) - _NUM_PRICES // 2)
-    found: list[float] = prices[low : low + _NUM_PRICES].tolist()
     return found
 
 
@@ -486,12 +177,12 @@ def _undominated_options(
 
 
 def _prune(
-    labels: _Labels,
+    labels: Labels,
     memory: Sequence[Floats],
     compare: Floats,
-    final_time: Callable[[_Labels], Floats],
+    final_time: Callable[[Labels], Floats],
     limit: int,
-) -> tuple[_Labels, bool]:
+) -> tuple[Labels, bool]:
     """Keeps the labels of each layout that no other one beats in everything, and says whether these are all kept."""
     points = np.stack([*memory, *(labels.cost @ compare).T], axis=1)
     chosen, whole = [], True
@@ -517,7 +208,7 @@ def _thin(points: Floats, final_time: Floats, members: NDArray[np.intp], limit: 
     return np.unique(np.concatenate([promising, spread, extremes]))
 
 
-def _read_choices(history: Sequence[_Labels], kept: Sequence[NDArray[np.intp]]) -> list[StageChoice]:
+def _read_choices(history: Sequence[Labels], kept: Sequence[NDArray[np.intp]]) -> list[StageChoice]:
     """Follows the parents back from every final label."""
     final = history[-1]
     position = np.arange(final.held.size)
@@ -618,40 +309,6 @@ def fastest_choice(
             break
         known = min([known, *(choice.cost[0] for choice in choices[:1])])
     return (choices[0] if choices else None), exact
-
-
-class TimeBounds:
-    """Lower bounds on the time of a stage, for any budget and any weights.
-
-    Args:
-        rows: Options of each row.
-        known: What stages that share rows have found out about these.
-    """
-
-    def __init__(self, rows: Sequence[RowTable], known: dict[Hashable, Any] | None = None) -> None:
-        self._memory = _Memory(rows)
-        self._known = {} if known is None else known
-
-    def least(self, budget: float, weights: tuple[float, ...]) -> float:
-        """No choice that fits has a smaller weighted sum of criteria; infinite if it is plain that none fits."""
-        memory = self._memory
-        if memory.need[0] > budget or memory.step[0] > budget:
-            return np.inf
-        held, released = zip(*(self._trade_offs(row, weights) for row in memory.types), strict=True)
-        best = sum(float(count * time[-1]) for count, (_, time, _) in zip(memory.counts.tolist(), held, strict=True))
-        for trade_offs, (_, capacity) in zip((held, released), memory.budgets(budget), strict=True):
-            values = _lagrangian_bounds(trade_offs, memory.counts, capacity)[1]
-            best = max(best, float(values.max(initial=-np.inf)))
-        return best
-
-    def _trade_offs(self, row: RowTable, weights: tuple[float, ...]) -> tuple[Any, Any]:
-        """Time against what is held, and against what is released."""
-        key = (id(row), weights)
-        if key not in self._known:
-            time = row.cost @ np.array(weights)
-            self._known[key] = _trade_offs(time, row.held), _trade_offs(time, row.released)
-        found: tuple[Any, Any] = self._known[key]
-        return found
 
 
 def least_peak(rows: Sequence[RowTable], relayouts: Sequence[Floats]) -> float:

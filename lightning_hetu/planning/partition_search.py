@@ -20,12 +20,12 @@ from dataclasses import replace
 import numpy as np
 
 from lightning_hetu.planning.cost_model import CostModel, Setting
-from lightning_hetu.planning.dynamic_programming import Floats, RowTable
 from lightning_hetu.planning.layer_strategy import LayerStrategy
 from lightning_hetu.planning.partition import Cut, all_cuts, balanced_cut, count_cuts, neighbors
 from lightning_hetu.planning.pipeline import StageTimes
 from lightning_hetu.planning.search_space import Pins
 from lightning_hetu.planning.stage_search import Found, Prices, SettingSearch
+from lightning_hetu.planning.stage_tables import Floats, RowTable
 
 EXHAUSTIVE_LIMIT = 64
 """Up to this many cuts, all are looked at."""

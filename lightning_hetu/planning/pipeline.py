@@ -32,9 +32,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_hetu.planning.dynamic_programming import StageChoice, Support
 from lightning_hetu.planning.pareto import Floats, non_dominated
 from lightning_hetu.planning.plan import Schedule
+from lightning_hetu.planning.stage_tables import StageChoice, Support
 
 _LABEL_LIMIT = 256
 _CHOICE_LIMIT = 64

@@ -15,20 +15,13 @@ from typing import Any
 import numpy as np
 
 from lightning_hetu.planning.cost_model import CostModel, Setting
-from lightning_hetu.planning.dynamic_programming import (
-    Floats,
-    ReducedStage,
-    RowTable,
-    StageChoice,
-    Support,
-    TimeBounds,
-    fastest_choice,
-    least_peak,
-)
+from lightning_hetu.planning.dynamic_programming import ReducedStage, fastest_choice, least_peak
+from lightning_hetu.planning.label_bounds import TimeBounds
 from lightning_hetu.planning.layer_strategy import LayerStrategy
 from lightning_hetu.planning.pipeline import EVERY_MICROBATCH, ONCE_PER_STEP, StageTimes, Weights, stage_supports
 from lightning_hetu.planning.plan import HybridPlan
 from lightning_hetu.planning.search_space import Pins
+from lightning_hetu.planning.stage_tables import Floats, RowTable, StageChoice, Support
 
 _PIPELINE_LABEL_LIMIT = 96
 _PIPELINE_LABEL_LIMITS = (12, _PIPELINE_LABEL_LIMIT)

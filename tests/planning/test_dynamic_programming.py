@@ -9,15 +9,10 @@ import numpy as np
 import pytest
 
 from lightning_hetu.planning import solve
-from lightning_hetu.planning.dynamic_programming import (
-    RowTable,
-    Support,
-    TimeBounds,
-    fastest_choice,
-    least_peak,
-    solve_stage,
-)
+from lightning_hetu.planning.dynamic_programming import fastest_choice, least_peak, solve_stage
+from lightning_hetu.planning.label_bounds import TimeBounds
 from lightning_hetu.planning.pareto import non_dominated
+from lightning_hetu.planning.stage_tables import RowTable, Support
 
 
 def every_choice(time: np.ndarray, memory: np.ndarray, reshard: np.ndarray, budget: float, peak: np.ndarray) -> float:

@@ -8,10 +8,10 @@ import random
 import numpy as np
 import pytest
 
-from lightning_hetu.planning.dynamic_programming import StageChoice
 from lightning_hetu.planning.partition import all_cuts
 from lightning_hetu.planning.pipeline import PipelineForm, StageTimes, Weights, stage_supports
 from lightning_hetu.planning.simulate import simulate_pipeline
+from lightning_hetu.planning.stage_tables import StageChoice
 
 
 def random_stages(rng: random.Random, count: int) -> list[StageTimes]:
