@@ -29,10 +29,10 @@ train: setup
 	$(BIN)/lightning-hetu fit --config $(RECIPE)
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-all: setup
-	$(BIN)/python -m pytest -m ""
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m ""
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

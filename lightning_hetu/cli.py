@@ -16,7 +16,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from jsonargparse import auto_cli
@@ -28,9 +28,15 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 import lightning_hetu
 from lightning_hetu.parallel.consolidate import consolidate
 from lightning_hetu.planning.drawing import check_picture_name
+from lightning_hetu.planning.osdp.picture import save_memory_picture
 from lightning_hetu.planning.picture import save_picture
 from lightning_hetu.strategies._offline import Target, comparison, plan_offline
+from lightning_hetu.strategies._osdp_offline import comparison as osdp_comparison
+from lightning_hetu.strategies._osdp_offline import plan_osdp_offline
+from lightning_hetu.strategies._osdp_planner import OSDPRequest
+from lightning_hetu.strategies._planner import PlanRequest
 from lightning_hetu.strategies.auto import AutoHybridParallelStrategy
+from lightning_hetu.strategies.osdp import OSDPStrategy
 
 _DESCRIPTION = """Trains and runs a LightningModule under an automatically planned mix of parallelism. One more command
 needs no configuration: lightning-hetu consolidate FOLDER FILE writes a checkpoint folder as one file for a plain
@@ -60,6 +66,8 @@ class HetuTrainer(Trainer):
         cluster: str | None = None,
         compare: list[str] | None = None,
         memory_budget: int | str | None = None,
+        strategy: Literal["auto", "osdp"] | None = None,
+        search_batch: bool = False,
     ) -> None:
         """Profiles, searches and shows the plan, without training.
 
@@ -77,31 +85,44 @@ class HetuTrainer(Trainer):
                 ``[8xA100-80GB, 8xA100-80GB@40GiB, 4xH100-80GB]``.
             memory_budget: Bytes of each device of ``cluster`` that the plan may use, or text such as ``70GiB``. By
                 default 90 percent of its memory.
+            strategy: With ``cluster`` or ``compare``, what to plan for instead of the strategy that is configured:
+                hybrid parallelism (``auto``), or sharded data parallelism decided per operator (``osdp``).
+            search_batch: With ``osdp`` and ``cluster`` or ``compare``, also find the batch size with the most samples
+                per second; otherwise it is that of the data.
         """
-        strategy = self._auto_strategy("plan")
+        offline = cluster is not None or bool(compare)
+        if strategy is not None and not offline:
+            raise ValueError(
+                f"strategy={strategy}: expected with cluster or compare; for this machine configure trainer.strategy."
+            )
+        if strategy == "osdp" or (strategy is None and isinstance(self.strategy, OSDPStrategy)):
+            self._plan_osdp(model, datamodule, out, picture, cluster, compare, memory_budget, search_batch)
+            return
+        if search_batch:
+            raise ValueError("search_batch=true: expected with strategy=osdp and cluster or compare.")
+        request = PlanRequest("auto", None, None, {}, True)
+        if strategy is None or isinstance(self.strategy, AutoHybridParallelStrategy):
+            request = self._auto_strategy("plan").request
         if picture is not None:
             check_picture_name(picture)
-        if cluster is None and not compare:
-            if memory_budget is not None:
-                raise ValueError(
-                    f"memory_budget={memory_budget}: expected with cluster; for this machine give"
-                    " trainer.strategy.init_args.memory_budget."
-                )
-            strategy.stop_after_plan(plan_file=out)
+        if not offline:
+            _refuse_budget(memory_budget, "memory_budget")
+            planner = self._auto_strategy("plan")
+            planner.stop_after_plan(plan_file=out)
             self.fit(model, datamodule=datamodule)
-            if picture is not None and self.is_global_zero and strategy.plan is not None:
-                save_picture(strategy.plan, picture)
-            if explain and strategy.cost_breakdown is not None:
-                print(strategy.cost_breakdown())
+            if picture is not None and self.is_global_zero and planner.plan is not None:
+                save_picture(planner.plan, picture)
+            if explain and planner.cost_breakdown is not None:
+                print(planner.cost_breakdown())
             return
-        if strategy.request.memory_budget is not None and memory_budget is None:
+        if request.memory_budget is not None and memory_budget is None:
             rank_zero_info(
-                f"memory_budget={strategy.request.memory_budget} of the strategy is for this machine; the clusters have"
+                f"memory_budget={request.memory_budget} of the strategy is for this machine; the clusters have"
                 " 90 percent of their memory, or what --memory_budget says."
             )
         names = [*([] if cluster is None else [cluster]), *(compare or [])]
         targets = [Target.parse(name, memory_budget) for name in names]
-        plans = plan_offline(self, model, datamodule, strategy.request, targets)
+        plans = plan_offline(self, model, datamodule, request, targets)
         if cluster is not None:
             first = plans[0]
             if first.plan is None:
@@ -116,6 +137,47 @@ class HetuTrainer(Trainer):
                 save_picture(first.plan, picture)
         if compare:
             print(comparison(plans))
+
+    def _plan_osdp(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None,
+        out: str | None,
+        picture: str | None,
+        cluster: str | None,
+        compare: list[str] | None,
+        memory_budget: int | str | None,
+        search_batch: bool,
+    ) -> None:
+        """The command ``plan`` for OSDP."""
+        if picture is not None:
+            check_picture_name(picture)
+        if cluster is None and not compare:
+            _refuse_budget(memory_budget, "memory_limit")
+            if search_batch:
+                raise ValueError("search_batch=true: expected with cluster or compare.")
+            planner = self.strategy
+            assert isinstance(planner, OSDPStrategy)
+            planner.stop_after_plan(plan_file=out)
+            self.fit(model, datamodule=datamodule)
+            if picture is not None and self.is_global_zero and planner.plan is not None:
+                save_memory_picture(planner.plan, picture)
+            return
+        request = self.strategy.request if isinstance(self.strategy, OSDPStrategy) else OSDPRequest()
+        names = [*([] if cluster is None else [cluster]), *(compare or [])]
+        targets = [Target.parse(name, memory_budget) for name in names]
+        plans = plan_osdp_offline(self, model, datamodule, request, targets, search_batch=search_batch)
+        if cluster is not None:
+            first = plans[0]
+            if first.plan is None:
+                raise ValueError(f"cluster={cluster}: {first.error}")
+            print(first.plan.explain())
+            if out is not None:
+                first.plan.save(out)
+            if picture is not None:
+                save_memory_picture(first.plan, picture)
+        if compare:
+            print(osdp_comparison(plans))
 
     def profile(
         self, model: LightningModule, datamodule: LightningDataModule | None = None, out: str = "profiles"
@@ -138,6 +200,14 @@ class HetuTrainer(Trainer):
                 " lightning_hetu.AutoHybridParallelStrategy."
             )
         return self.strategy
+
+
+def _refuse_budget(memory_budget: int | str | None, name: str) -> None:
+    if memory_budget is not None:
+        raise ValueError(
+            f"memory_budget={memory_budget}: expected with cluster; for this machine give"
+            f" trainer.strategy.init_args.{name}."
+        )
 
 
 class HetuCLI(LightningCLI):

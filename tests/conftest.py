@@ -23,9 +23,18 @@ from tests._ranks import RankPool
 
 torch.set_num_threads(1)
 
+_START_PROCESSES = {"test_cli.py", "test_ranks.py", "test_profile_cluster.py"}
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked ``gpu`` and ``multigpu`` where the devices are missing, saying so."""
+    """Spreads tests over the workers of pytest-xdist, and skips those whose devices are missing, saying so."""
+    # All that start processes go to one worker, which shares them, and start first; of the others, files stay together.
+    alone = {
+        item for item in items if "ranks" in getattr(item, "fixturenames", ()) or item.path.name in _START_PROCESSES
+    }
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ranks" if item in alone else str(item.path)))
+    items.sort(key=lambda item: item not in alone)
     available = torch.cuda.device_count()
     for marker, needed in (("gpu", 1), ("multigpu", 2)):
         if available >= needed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -12,7 +12,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_hetu.planning import HybridPlan, format_bytes
+from lightning_hetu.planning.osdp import OSDPPlan
 from lightning_hetu.profiling import MemoryMeter
+
+Plan = HybridPlan | OSDPPlan
 
 
 class PlanMonitor(Callback):
@@ -63,13 +66,13 @@ class PlanMonitor(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gathers the fullest rank of every stage and says how it compares."""
-        plan: HybridPlan | None = getattr(trainer.strategy, "plan", None)
+        plan: Plan | None = getattr(trainer.strategy, "plan", None)
         peaks = [self._memory]
         if torch.distributed.is_initialized():
             gathered: list[Any] = [None] * trainer.world_size
             torch.distributed.all_gather_object(gathered, self._memory)
             peaks = gathered
-        per_stage = plan.devices_per_stage if plan is not None else len(peaks)
+        per_stage = plan.devices_per_stage if isinstance(plan, HybridPlan) else len(peaks)
         self.stage_memory = [max(peaks[start : start + per_stage]) for start in range(0, len(peaks), per_stage)]
         rank_zero_info(self.summary(plan))
 
@@ -78,23 +81,41 @@ class PlanMonitor(Callback):
         """Median seconds of a batch."""
         return median(self.step_times) if self.step_times else None
 
-    def summary(self, plan: HybridPlan | None) -> str:
+    def summary(self, plan: Plan | None) -> str:
         """One line about time and one about memory."""
-        expected = plan.prediction if plan is not None else None
+        expected = _expected(plan)
         lines = []
         if self.step_time is not None:
             line = f"step time: measured {self.step_time * 1e3:.1f} ms"
-            if expected is not None:
-                line += f", predicted {expected.iteration_time * 1e3:.1f} ms"
+            if expected is not None and expected.seconds:
+                line += f", predicted {expected.seconds * 1e3:.1f} ms"
             lines.append(line)
         if any(self.stage_memory):
             line = "peak memory per stage: measured " + ", ".join(format_bytes(peak) for peak in self.stage_memory)
             if expected is not None:
-                line += "; predicted " + ", ".join(format_bytes(peak) for peak in expected.stage_memory)
-                if expected.memory_budget is not None and max(self.stage_memory) > expected.memory_budget:
-                    line += f"; over the budget of {format_bytes(expected.memory_budget)}"
+                line += "; predicted " + ", ".join(format_bytes(peak) for peak in expected.memory)
+                if expected.limit is not None and max(self.stage_memory) > expected.limit:
+                    line += f"; over the budget of {format_bytes(expected.limit)}"
             lines.append(line)
         return "\n".join(lines)
+
+
+class _Expected(NamedTuple):
+    """What a plan promises: seconds of a batch, bytes of every stage, and the bytes that were allowed."""
+
+    seconds: float
+    memory: tuple[int, ...]
+    limit: int | None
+
+
+def _expected(plan: Plan | None) -> _Expected | None:
+    if isinstance(plan, OSDPPlan):
+        seconds = plan.overlapped_seconds or plan.seconds
+        return _Expected(seconds / plan.micro_steps, (plan.peak_memory,), plan.memory_limit)
+    if plan is None or plan.prediction is None:
+        return None
+    predicted = plan.prediction
+    return _Expected(predicted.iteration_time, tuple(predicted.stage_memory), predicted.memory_budget)
 
 
 def alive_tensors(module: LightningModule, trainer: Trainer) -> list[Tensor]:

@@ -2,7 +2,8 @@
 
 A checkpoint is a folder written by torch.distributed.checkpoint (DCP): every rank writes its shards under the names of
 the whole model, and reads back whatever its own plan needs. Optimizer state is flattened to one entry per parameter,
-because nested parameter groups of different pipeline stages would collide under the same key.
+because nested parameter groups of different pipeline stages would collide under the same key. Operators that run in
+slices are saved and loaded whole.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torch.optim import Optimizer
 
 from lightning_hetu.parallel.checkpoint_files import METADATA_FILE, PLAN_FILE, check_folder
 from lightning_hetu.parallel.optimizers import GroupNames
+from lightning_hetu.parallel.osdp.merged import OPTIMIZER_KINDS, SlicedState
 
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True, cpu_offload=True)
 _OTHER_GROUPS = (
@@ -39,7 +41,7 @@ _OTHER_GROUPS = (
 
 def model_state(module: nn.Module) -> dict[str, Any]:
     """This rank's shards of parameters and buffers, by their names in the whole model."""
-    return get_model_state_dict(module, options=StateDictOptions(cpu_offload=True))
+    return SlicedState(module).merge(get_model_state_dict(module, options=StateDictOptions(cpu_offload=True)))
 
 
 def optimizer_state(module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
@@ -47,7 +49,8 @@ def optimizer_state(module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     with _without_empty_groups(optimizer) as trains:
         if not trains:
             return {}
-        return get_optimizer_state_dict(module, optimizer, options=_OPTIONS)
+        state = get_optimizer_state_dict(module, optimizer, options=_OPTIONS)
+    return SlicedState(module).merge(state, OPTIMIZER_KINDS)
 
 
 @contextmanager
@@ -179,7 +182,9 @@ def load_folder(
         entries |= _options_of_empty_groups(optimizer, names[index] if names is not None else None)
         state[f"optimizer_{index}"] = {k: v for k, v in entries.items() if f"{prefix}{k}" in saved.state_dict_metadata}
     dcp.load(state, checkpoint_id=str(path))
-    set_model_state_dict(module, state["state_dict"], options=StateDictOptions(strict=strict and not missing))
+    slices = SlicedState(module)
+    weights = slices.split(state["state_dict"])
+    set_model_state_dict(module, weights, options=StateDictOptions(strict=strict and not missing))
     for index, optimizer in enumerate(optimizers):
         entries = state[f"optimizer_{index}"]
         for group, key, entry in _empty_groups(optimizer, names[index] if names is not None else None):
@@ -187,6 +192,7 @@ def load_folder(
                 group[key] = entries.pop(entry)
         with _without_empty_groups(optimizer) as trains:
             if entries and trains:
+                entries = slices.split(entries, OPTIMIZER_KINDS)
                 set_optimizer_state_dict(module, optimizer, entries, options=_OPTIONS)
 
 
@@ -249,7 +255,10 @@ def load_full(
     if wrong:
         problem = f"the checkpoint's {wrong[0]!r} has another shape than in this model."
     _refuse_together(problem)
-    set_model_state_dict(module, {key: value for key, value in weights.items() if key in own}, options=full)
+    slices = SlicedState(module)
+    set_model_state_dict(
+        module, slices.split({key: value for key, value in weights.items() if key in own}), options=full
+    )
     if optimizers and names is None:
         raise ValueError(
             "the optimizer takes parameters in another order than the module has them, so the states in a one-file"
@@ -265,10 +274,16 @@ def load_full(
         state: dict[str, Any] = {}
         param_groups: list[dict[str, Any]] = []
         for saved, members in zip(plain["param_groups"], groups, strict=True):
-            kept = [name for name in members if name in local]
-            param_groups.append({**saved, "params": kept})
+            kept = [name for name in members if set(slices.names_of(name)) <= local]
+            param_groups.append({**saved, "params": slices.names(kept)})
             identifiers = dict(zip(members, saved["params"], strict=True))
-            state |= {name: plain["state"][identifiers[name]] for name in kept if identifiers[name] in plain["state"]}
+            for name in kept:
+                if identifiers[name] not in plain["state"]:
+                    continue
+                state |= {own_name: {} for own_name in slices.names_of(name)}
+                for quantity, value in plain["state"][identifiers[name]].items():
+                    for own_name, part in slices.split({name: value}).items():
+                        state[own_name][quantity] = part
         for group, loaded in zip(optimizer.param_groups, param_groups, strict=True):
             if not group["params"]:
                 group.update({key: value for key, value in loaded.items() if key != "params"})

@@ -1,11 +1,13 @@
 """Moves optimizers from the parameters of the whole model to the shards that a rank holds.
 
 ``configure_optimizers`` sees the whole, ordinary model: it may pick parameters from any layer, in any order and any
-groups, whatever stage they end up in. Only then the model is cut, and the groups are given the shards instead.
+groups, whatever stage they end up in. Only then the model is cut, and the groups are given the shards instead. Names
+are those of the whole model everywhere, also of operators that run in slices.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,16 +15,43 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_hetu.parallel.osdp.split import SlicePart, plain_name, slice_parts
+
 GroupNames = list[list[str]]
 """Parameter names of every group of an optimizer, over the whole model, in the optimizer's order."""
 
 
 def parameter_names(optimizers: Sequence[Optimizer], module: nn.Module) -> list[GroupNames] | None:
     """For each optimizer, for each group, the names of its parameters; ``None`` if one is not of ``module``."""
-    names = {parameter: name for name, parameter in module.named_parameters()}
+    names = dict.fromkeys(module.parameters())
     if any(p not in names for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]):
         return None
-    return [[[names[p] for p in group["params"]] for group in optimizer.param_groups] for optimizer in optimizers]
+    return _own_names(module, optimizers)
+
+
+def _own_names(module: nn.Module, optimizers: Sequence[Optimizer]) -> list[GroupNames]:
+    """What the groups have of ``module``; a parameter in slices counts once, where its first slice is.
+
+    Raises:
+        ValueError: If a group has only some slices of a parameter.
+    """
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    parts = slice_parts(module)
+    whole = {part.name: name for name, slices in parts.items() for part in slices}
+    found: list[GroupNames] = []
+    for optimizer in optimizers:
+        groups = []
+        for group in optimizer.param_groups:
+            members = Counter(whole.get(plain_name(names[p]), names[p]) for p in group["params"])
+            for name, count in members.items():
+                if name in parts and count != len(parts[name]):
+                    raise ValueError(
+                        f"{type(optimizer).__name__}: a parameter group has {count} of the {len(parts[name])} slices of"
+                        f" {name!r}: put all of them into one group."
+                    )
+            groups.append(list(members))
+        found.append(groups)
+    return found
 
 
 def parameter_groups(
@@ -43,10 +72,9 @@ def parameter_groups(
         known: What the optimizers had over the whole model when they were made; used for the groups that are still so.
 
     Raises:
-        ValueError: If ranks have different numbers of groups.
+        ValueError: If ranks have different numbers of groups, or a group has only some slices of a parameter.
     """
-    names = {parameter: name for name, parameter in module.named_parameters()}
-    own = [[[names[p] for p in group["params"]] for group in opt.param_groups] for opt in optimizers]
+    own = _own_names(module, optimizers)
     gathered: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(gathered, own)
     counts = {tuple(map(len, rank)) for rank in gathered}
@@ -103,13 +131,22 @@ def _holds_tensors(value: object, depth: int = 4) -> bool:
     return any(_holds_tensors(part, depth - 1) for part in parts)
 
 
-def rebind(optimizer: Optimizer, names: GroupNames, parameters: Mapping[str, nn.Parameter]) -> None:
+def rebind(
+    optimizer: Optimizer,
+    names: GroupNames,
+    parameters: Mapping[str, nn.Parameter],
+    slices: Mapping[str, Sequence[SlicePart]] | None = None,
+) -> None:
     """Gives every group of an optimizer those of its parameters that this rank has.
 
     Args:
         optimizer: An optimizer that :func:`can_rebind`.
         names: Its parameters.
-        parameters: What this rank has, by the names of the whole model.
+        parameters: What this rank has, by the names of the whole model; slices by their own.
+        slices: The slices of the parameters that are cut, by name, as ``slice_parts`` gives them; a group is given all
+            slices of its parameters.
     """
+    parts = {name: [part.name for part in parts] for name, parts in (slices or {}).items()}
     for group, members in zip(optimizer.param_groups, names, strict=True):
-        group["params"] = [parameters[name] for name in members if name in parameters]
+        own = [name for member in members for name in parts.get(member, [member])]
+        group["params"] = [parameters[name] for name in own if name in parameters]

@@ -149,7 +149,7 @@ def plan_offline(
         raise ValueError(
             f"{type(module).__name__} has no pipeline support: only a PipelineMixin can be planned without running it."
         )
-    batch = _first_batch(module, datamodule)
+    batch = first_batch(module, datamodule)
     samples = batch_samples(batch)
     with compat.silent_logging(module):
         inputs, target = pipeline_example(module, batch)
@@ -195,7 +195,7 @@ def plan_offline(
     return found
 
 
-def _first_batch(module: LightningModule, datamodule: LightningDataModule | None) -> object:
+def first_batch(module: LightningModule, datamodule: LightningDataModule | None) -> object:
     with torch.device("cpu"):  # samplers draw their order there
         if datamodule is not None:
             datamodule.prepare_data()

@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
 
 from lightning_hetu.parallel.batch import batch_samples
 from lightning_hetu.parallel.forward_trace import fake_batch, fake_copy
+from lightning_hetu.parallel.materialize import on_meta
 from lightning_hetu.parallel.osdp.discover import Unit, find_units
+from lightning_hetu.parallel.osdp.split import cuts_of
 from lightning_hetu.parallel.transformers_compat import forget_fake_tensors
-from lightning_hetu.planning.osdp import OperatorPlan, OSDPPlan
+from lightning_hetu.planning.osdp import HostLink, OperatorPlan, OSDPInfeasibleError, OSDPPlan, solve, solve_batch
 from lightning_hetu.planning.osdp.costs import Accumulation, mode_ranks
+from lightning_hetu.planning.osdp.fsdp2 import GLOO, NCCL, Runtime
+from lightning_hetu.planning.osdp.links import CollectiveSeconds
+from lightning_hetu.planning.osdp.timeline import StepProfile
+from lightning_hetu.planning.presets import DevicePreset
 from lightning_hetu.planning.units import parse_bytes
+from lightning_hetu.profiling import ProfileCache, ProgressBar, cluster_key, optimizer_state_bytes, profile_cluster
+from lightning_hetu.profiling._measure import Stopwatch
+from lightning_hetu.profiling.operators import profile_operators
+from lightning_hetu.profiling.step_time import StepSeconds, time_step
 from lightning_hetu.strategies import _lightning_compat as compat
+from lightning_hetu.strategies._planner import example_batch, loss_of_step
 
 if TYPE_CHECKING:
     from lightning_hetu.strategies.osdp import OSDPStrategy
@@ -32,13 +46,13 @@ _USABLE_MEMORY = 0.9
 class OSDPRequest:
     """What the user asked for; see :class:`OSDPStrategy`."""
 
-    plan: OSDPPlan | str | Path
-    memory_limit: int | float | str | None
-    modes: tuple[str, ...]
-    max_slices: int
-    whole: tuple[str, ...]
-    accumulation: str
-    profile_cache: bool | str | Path
+    plan: OSDPPlan | str | Path = "auto"
+    memory_limit: int | float | str | None = None
+    modes: tuple[str, ...] = ("dp", "z2", "zdp")
+    max_slices: int = 8
+    whole: tuple[str, ...] = ()
+    accumulation: str = "auto"
+    profile_cache: bool | str | Path = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.plan, OSDPPlan | str | Path):
@@ -118,18 +132,187 @@ def make_plan(
             return OSDPPlan.load(request.plan)
         except OSError as error:
             raise ValueError(f"plan={str(request.plan)!r} cannot be read: {error.strerror}.") from error
-    raise NotImplementedError
+    if not strategy.cuts_batches:
+        raise ValueError(
+            "use_distributed_sampler=False with plan='auto': how many samples a rank gets is then not known before"
+            " training. Leave it True and let batch_size be the global batch, or give a plan."
+        )
+    device, ranks = strategy.root_device, strategy.world_size
+    batch = example_batch(trainer)
+    samples = batch_samples(batch)
+    if samples % ranks:
+        raise ValueError(
+            f"a training batch of {samples} samples does not divide over {ranks} devices: give the dataloader a"
+            f" batch_size that is a multiple of {ranks}."
+        )
+    rows = first_rows(batch, samples // ranks)
+    cache = ProfileCache.from_option(request.profile_cache)
+    with ProgressBar("profiling devices") as bar:
+        measure_cluster = partial(profile_cluster, device, progress=bar)
+        cluster = cache.cluster(cluster_key(device), measure_cluster) if cache else measure_cluster()
+    limit = request.limit(cluster.device_memory)
+    if limit is None:
+        raise ValueError("memory_limit=None, and the device does not tell its memory: give memory_limit='20GiB'.")
+    run = partial(step_loss, trainer)
+    seconds = None
+    if not on_meta(module):  # where there are no weights yet, seconds of computation stay unknown
+        with compat.silent_logging(module):
+            seconds = time_step(module, run, strategy.batch_to_device(rows, device), device)
+    outcome: Any = None
+    if strategy.global_rank == 0:
+        comm = HostLink(cluster, _host_seconds_per_byte(device)) if "off" in request.modes else cluster
+        try:
+            with compat.silent_logging(module), ProgressBar("searching a plan") as bar:
+                bar(0, 2, "activations")
+                profile = profile_units(request, module, units, run, rows, trainer)
+                if seconds is not None:
+                    profile = with_seconds(profile, seconds)
+                bar(1, 2, "modes")
+                outcome = search_plan(
+                    request,
+                    profile,
+                    limit,
+                    comm=comm,
+                    ranks=ranks,
+                    micro_steps=trainer.accumulate_grad_batches,
+                    optimizer=strategy.configured_optimizers,
+                    runtime=NCCL if device.type == "cuda" else GLOO,
+                )
+                bar(2, 2, "done")
+        except ValueError as error:  # every rank must end with the same message instead of waiting for rank 0
+            outcome = error
+    outcome = strategy.broadcast(outcome)
+    if isinstance(outcome, ValueError):
+        raise outcome
+    return cast(OSDPPlan, outcome)
+
+
+def step_loss(trainer: Trainer, module: Any, batch: Any) -> Tensor:
+    """The loss of a training step, in the Trainer's precision."""
+    with trainer.strategy.precision_plugin.forward_context():
+        return loss_of_step(module, batch)
+
+
+def first_rows(batch: Any, count: int) -> Any:
+    """The first samples of a batch."""
+    samples = batch_samples(batch)
+    return tree_map_only(Tensor, lambda x: x[:count] if x.ndim and x.shape[0] == samples else x, batch)
+
+
+def profile_units(
+    request: OSDPRequest,
+    module: LightningModule,
+    units: tuple[Unit, ...],
+    run: Callable[[nn.Module, Any], Tensor],
+    rows: Any,
+    trainer: Trainer,
+    device: DevicePreset | None = None,
+) -> StepProfile:
+    """Operators, their sizes, and the activations over a step; for a described device with its seconds."""
+    cuts = cuts_of if request.max_slices > 1 else None
+    return profile_operators(
+        module,
+        units,
+        run,
+        rows,
+        batch_samples(rows),
+        device=device,
+        cuts=cuts,
+        max_slices=request.max_slices,
+        shared=(trainer,),
+    )
+
+
+def with_seconds(profile: StepProfile, seconds: StepSeconds) -> StepProfile:
+    """Spreads measured seconds over the operators by their parameters, to which most of their arithmetic is due."""
+    total = sum(operator.parameters for operator in profile.operators) or 1
+    share = [operator.parameters / total / profile.samples for operator in profile.operators]
+    operators = tuple(
+        replace(operator, forward_seconds=seconds.forward * part, backward_seconds=seconds.backward * part)
+        for operator, part in zip(profile.operators, share, strict=True)
+    )
+    return replace(profile, operators=operators)
+
+
+def search_plan(
+    request: OSDPRequest,
+    profile: StepProfile,
+    limit: int | None,
+    *,
+    comm: CollectiveSeconds,
+    ranks: int,
+    micro_steps: int,
+    optimizer: Sequence[Optimizer] = (),
+    search_batch: bool = False,
+    runtime: Runtime = GLOO,
+) -> OSDPPlan:
+    """The best plan over the ways to accumulate gradients that the user allows.
+
+    Args:
+        request: What the user asked for.
+        profile: The model.
+        limit: Bytes per rank.
+        comm: What knows how long collectives take.
+        ranks: Data-parallel ranks.
+        micro_steps: Batches per optimizer step.
+        optimizer: The optimizers, if there are any yet.
+        search_batch: Whether the batch size per rank is the one with the most samples per second; otherwise it is that
+            of the profile.
+        runtime: Where devices and process groups differ in memory.
+
+    Raises:
+        OSDPInfeasibleError: If nothing fits.
+    """
+    policies: tuple[Any, ...] = (request.accumulation,)
+    if request.accumulation == "auto":
+        policies = get_args(Accumulation) if micro_steps > 1 else ("last",)
+    values = optimizer_state_bytes(optimizer[0] if optimizer else None)
+    found: list[OSDPPlan] = []
+    problem: OSDPInfeasibleError | None = None
+    for accumulation in policies:
+        try:
+            options: dict[str, Any] = {
+                "modes": tuple(mode for mode in request.modes if mode != f"zdp-{ranks}"),
+                "world_size": ranks,
+                "comm": comm,
+                "micro_steps": micro_steps,
+                "accumulation": accumulation,
+                "optimizer_values": values,
+                "profile": profile,
+                "runtime": runtime,
+            }
+            if search_batch:
+                plan = solve_batch(profile.operators, limit, **options)
+            else:
+                plan = solve(profile.operators, limit, batch_size=profile.samples, **options)
+        except OSDPInfeasibleError as error:
+            if problem is None or error.smallest_feasible_limit < problem.smallest_feasible_limit:
+                problem = error
+        else:
+            found.append(plan)
+    if not found:
+        assert problem is not None
+        raise problem
+    return min(found, key=lambda plan: plan.seconds / plan.batch_size)
+
+
+def _host_seconds_per_byte(device: torch.device) -> float:
+    """Measured between pinned host memory and the device; where the device is the host, by a copy inside of it."""
+    size = 1 << 26
+    there = torch.empty(size, dtype=torch.uint8, device=device)
+    here = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    watch, found = Stopwatch(device), []
+    for _ in range(3):
+        watch.start()
+        there.copy_(here, non_blocking=True)
+        found.append(watch.stop())
+    return min(found) / size
 
 
 def changes(before: OSDPPlan, after: OSDPPlan) -> str:
     """One line on how two plans differ."""
     if before.world_size != after.world_size:
-        return f"{before.world_size} ranks -> {after.world_size} ranks; {_in_short(after)}"
+        return f"{before.world_size} ranks -> {after.world_size} ranks; {after.in_short}"
     if before.fingerprint == after.fingerprint:
         return "the plan is the same"
-    return f"{_in_short(before)} -> {_in_short(after)}"
-
-
-def _in_short(plan: OSDPPlan) -> str:
-    counts = Counter(operator.mode for operator in plan.operators)
-    return ", ".join(f"{count} x {mode}" for mode, count in sorted(counts.items()))
+    return f"{before.in_short} -> {after.in_short}"

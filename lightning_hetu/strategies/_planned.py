@@ -30,8 +30,10 @@ from lightning_hetu.parallel import checkpoint as ckpt
 from lightning_hetu.parallel import checkpoint_files as ckpt_files
 from lightning_hetu.parallel.build import synchronize_initial_state
 from lightning_hetu.parallel.data import RowSelector, check_training_batches, shard_dataloader
+from lightning_hetu.parallel.materialize import on_meta
 from lightning_hetu.parallel.mesh import PlanMesh
 from lightning_hetu.parallel.optimizers import GroupNames, can_rebind, parameter_groups, parameter_names, rebind
+from lightning_hetu.parallel.osdp.split import slice_parts
 from lightning_hetu.planning.plan import HybridPlan
 from lightning_hetu.strategies import _lightning_compat as compat
 
@@ -83,6 +85,17 @@ class PlannedStrategy(ModelParallelStrategy):
         Raises:
             ValueError: If it cannot be run.
         """
+
+    def _check_meta(self, module: LightningModule) -> None:
+        """Whether a module on the meta device can be run; it then gets memory when it is cut.
+
+        Raises:
+            ValueError: If it cannot.
+        """
+        raise ValueError(
+            f"{type(module).__name__} is on the meta device: {type(self).__name__} measures and cuts a model with its"
+            " weights, so build it on a real device. (hetu_osdp takes models on the meta device.)"
+        )
 
     @abstractmethod
     def _make_plan(self, trainer: Trainer, module: LightningModule) -> Any:
@@ -191,8 +204,11 @@ class PlannedStrategy(ModelParallelStrategy):
                 " checkpoint."
             )
         self._check_model(trainer, module)
-        module.to(self.root_device)
-        synchronize_initial_state(module)
+        if on_meta(module):
+            self._check_meta(module)
+        else:
+            module.to(self.root_device)
+            synchronize_initial_state(module)
         self._configured = compat.configure_optimizers_early(trainer, module) if compat.is_fitting(trainer) else None
         # One random state for all ranks: tensor-parallel ranks must draw the same dropout masks. Profiling draws too.
         random_state = self.broadcast(torch.get_rng_state())
@@ -260,7 +276,7 @@ class PlannedStrategy(ModelParallelStrategy):
             return None
         parameters = dict(self.lightning_module.named_parameters())
         for optimizer, groups in zip(optimizers, self._optimizer_names, strict=True):
-            rebind(optimizer, groups, parameters)
+            rebind(optimizer, groups, parameters, slice_parts(self.lightning_module))
         return configured
 
     def _check_optimizers(self) -> None:

@@ -200,7 +200,7 @@ def make_profiles(
             measure_model = partial(profile_model, module, structure, inputs, target, **measured)
         else:
             example = batch
-            measure_model = partial(profile_step, module, structure, partial(_loss, module), batch, **measured)
+            measure_model = partial(profile_step, module, structure, partial(loss_of_step, module), batch, **measured)
         if cache is None:
             return measure_model(), cluster, samples
         key = model_key(
@@ -265,7 +265,7 @@ def make_plan(
     return cast(HybridPlan, outcome)
 
 
-def _loss(module: LightningModule, batch: Any) -> Tensor:
+def loss_of_step(module: LightningModule, batch: Any) -> Tensor:
     """The loss that ``training_step`` returns."""
     output = module.training_step(batch, 0)
     loss = output["loss"] if isinstance(output, Mapping) else output

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_hetu.parallel.materialize import check_can_be_materialized
 from lightning_hetu.parallel.mesh import PlanMesh
 from lightning_hetu.parallel.osdp.apply import apply_osdp, set_last_micro_step
 from lightning_hetu.parallel.osdp.discover import Unit
@@ -94,6 +95,10 @@ class OSDPStrategy(PlannedStrategy):
     def _check_model(self, trainer: Trainer, module: LightningModule) -> None:
         self.plan, self._rows_plan = None, None
         self._units = model_units(self._request, trainer, module, self.root_device, example_batch(trainer))
+
+    @override
+    def _check_meta(self, module: LightningModule) -> None:
+        check_can_be_materialized(module)
 
     @override
     def _make_plan(self, trainer: Trainer, module: LightningModule) -> OSDPPlan:

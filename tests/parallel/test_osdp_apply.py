@@ -11,11 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_hetu.models import GPTLightningModule
 from lightning_hetu.parallel.clip import clip_gradients_by_norm
+from lightning_hetu.parallel.materialize import check_can_be_materialized
 from lightning_hetu.parallel.osdp.apply import apply_osdp, plain_parameters, set_last_micro_step
 from lightning_hetu.parallel.osdp.discover import ROOT, Unit, find_units
 from lightning_hetu.parallel.osdp.engine import reduce_plain_gradients
 from lightning_hetu.planning.osdp import Operator, OperatorCosts, OperatorPlan, OSDPPlan, Ring
+from lightning_hetu.profiling import MemoryMeter
 
 WIDTH, WORDS, LENGTH, BATCH = 24, 30, 6, 8
 
@@ -39,7 +42,7 @@ class Odd(nn.Module):
         super().__init__()
         self.words = nn.Embedding(WORDS, WIDTH)
         self.place = nn.Parameter(torch.randn(LENGTH, WIDTH) * 0.1)
-        # It uses its child's weight and never calls it. (A bias of keys has no gradient but rounding, which Adam blows up.)
+        # It uses its child's weight and never calls it. A bias of keys would have no gradient but rounding.
         self.attention = nn.MultiheadAttention(WIDTH, 4, batch_first=True, bias=False)
         self.norm = nn.LayerNorm(WIDTH)
         self.adapted = Adapted(WIDTH)
@@ -77,7 +80,8 @@ def planned(
     model: nn.Module, units: tuple[Unit, ...], world: int, modes: list[str], accumulate: int, accumulation: Any
 ) -> OSDPPlan:
     """The units with these modes in turn, and the collectives that the cost table has for them."""
-    costs = OperatorCosts(world, Ring(1e-9, 0.0, 1e-9), tuple(set(modes)), micro_steps=accumulate, accumulation=accumulation)
+    link = Ring(1e-9, 0.0, 1e-9)
+    costs = OperatorCosts(world, link, tuple(set(modes)), micro_steps=accumulate, accumulation=accumulation)
     rows = []
     for index, unit in enumerate(units):
         mode = modes[index % len(modes)]
@@ -211,3 +215,52 @@ def test_whole_modules() -> None:
     assert {"uneven", "adapted"} <= found and not any(name.startswith(("uneven.", "adapted.")) for name in found)
     with pytest.raises(ValueError, match="whole='Block': no module of the model is one; classes are Adapted, "):
         find_units(model, lambda: model(tokens), whole=["Block"])
+
+
+def train_from_meta(rank: int, world: int) -> Any:
+    """Losses of a model that was built without memory, its initial weights, and the most bytes while they came."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    options = {"vocab_size": WORDS, "max_seq_len": LENGTH, "num_layers": 8, "num_heads": 2, "dim": 64}
+    tokens = batches(1)[0]
+    rows = tokens[rank * BATCH // world : (rank + 1) * BATCH // world]
+    plain = GPTLightningModule(**options)
+    with torch.no_grad():
+        units = find_units(plain, lambda: plain.pipeline_step(rows, rows))
+    with torch.device("meta"):
+        model = GPTLightningModule(**options)
+    check_can_be_materialized(model)
+    plan = OSDPPlan(world, tuple(OperatorPlan(unit.name, (("zdp", 1),)) for unit in units))
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    torch.manual_seed(rank)  # ranks draw differently, and end up with the same
+    with MemoryMeter() as meter:
+        root = apply_osdp(model, units, plan, init_device_mesh("cpu", (world,)))
+    initial = {name: p.full_tensor().detach().clone() for name, p in model.named_parameters()}
+    model.forward = lambda values: model.pipeline_step(values, values)  # type: ignore[method-assign]
+    mine = root(rows)
+    (mine / world).backward()
+    norm = clip_gradients_by_norm(root.parameters(), 1e9)
+    plain.load_state_dict(initial)
+    loss = plain.pipeline_step(tokens, tokens)
+    loss.backward()
+    wanted = nn.utils.get_total_norm([p.grad for p in plain.parameters()])
+    gathered = mine.detach().clone()
+    torch.distributed.all_reduce(gathered)
+    return meter.peak / size, float(gathered) / world, loss.item(), float(norm), float(wanted), initial
+
+
+def test_models_without_memory_are_filled_unit_by_unit(ranks: Any) -> None:
+    """Built on the meta device: never whole on any rank, the same weights on all, and a model like any other."""
+    results = ranks(2).run(train_from_meta, 2)
+    for peak, loss, wanted_loss, norm, wanted_norm, initial in results:
+        assert peak < 0.75, "half of the model, and one unit"
+        assert loss == pytest.approx(wanted_loss, rel=1e-5) and norm == pytest.approx(wanted_norm, rel=1e-5)
+        for name, weight in initial.items():
+            assert torch.equal(weight, results[0][5][name]) and weight.std() > 0 or weight.unique().tolist() == [1.0]
+
+
+def test_modules_without_initial_weights_are_named() -> None:
+    with torch.device("meta"):
+        model = Odd()
+    with pytest.raises(ValueError, match="the module is on the meta device, and Odd has no reset_parameters"):
+        check_can_be_materialized(model)

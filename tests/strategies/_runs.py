@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hetu.models import GPTLightningModule, TransformersModule
 from lightning_hetu.parallel.osdp.discover import ROOT, find_units
+from lightning_hetu.parallel.osdp.split import cuts_of, slice_parts
 from lightning_hetu.parallel.pipeline_mixin import PipelineMixin
 from lightning_hetu.planning import HybridPlan, LayerStrategy
 from lightning_hetu.planning.osdp import OperatorPlan, OSDPPlan
@@ -250,7 +251,7 @@ def osdp_plan_of(
         parts = tuple(
             (part.lstrip("0123456789"), int(part[: -len(part.lstrip("0123456789"))] or 1)) for part in words.split("+")
         )
-        cuts: tuple[Any, ...] = ()
+        cuts = cuts_of(module.get_submodule(unit.name)) if unit.leaf else ()
         if sum(count for _, count in parts) > 1 and not cuts:
             parts = (("zdp", 1),)
         if unit.name == ROOT and parts[0][0] == "dp":
@@ -285,10 +286,13 @@ def loader(samples: int = 96, seed: int = 0, kind: str = "gpt", **options: Any) 
 
 
 def whole(module: nn.Module) -> dict[str, Tensor]:
-    return {
+    full = {
         name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
         for name, p in module.named_parameters()
     }
+    for name, parts in slice_parts(module).items():
+        full[name] = torch.cat([full.pop(part.name) for part in parts], dim=parts[0].dim)
+    return full
 
 
 def train(
@@ -303,7 +307,7 @@ def train(
     options = dict(options or {})
     kind, ckpt_path = options.pop("module", "gpt"), options.pop("ckpt_path", None)
     shuffle, evaluate = options.pop("shuffle", True), options.pop("evaluate", True)
-    strategy_options = options.pop("strategy", {})
+    strategy_options, osdp = options.pop("strategy", {}), options.pop("osdp", False)
     callbacks = options.pop("callbacks", [])
     module_options, save = options.pop("module_options", {}), options.pop("save", False)
     seed_everything(1, verbose=False)
@@ -325,7 +329,7 @@ def train(
     if plan is None:
         trainer = Trainer(devices=1, **settings)
     else:
-        kind_of = OSDPStrategy if isinstance(plan, OSDPPlan) else AutoHybridParallelStrategy
+        kind_of = OSDPStrategy if isinstance(plan, OSDPPlan) or osdp else AutoHybridParallelStrategy
         strategy: Any = kind_of(plan=plan, **strategy_options)
         trainer = Trainer(devices=torch.distributed.get_world_size(), strategy=strategy, **settings)
     trainer.fit(module, loader(kind=kind, shuffle=shuffle, drop_last=True), loader(32, 1, kind), ckpt_path=ckpt_path)

@@ -10,6 +10,7 @@ import pytest
 
 from lightning_hetu import cli
 from lightning_hetu.planning import HybridPlan, format_bytes
+from lightning_hetu.planning.osdp import OSDPPlan
 from lightning_hetu.strategies._offline import OfflinePlan, Target, comparison
 
 RECIPE = str(Path(__file__).parents[2] / "recipes" / "gpt_auto.yaml")
@@ -110,3 +111,28 @@ def test_the_fastest_is_first() -> None:
     assert table[2].split(" | ")[3].strip() == "8" and table[2].split(" | ")[5].strip() == "40.0%"
     assert "none fits: smallest is 5" in table[4]
     assert items[1].seconds == math.inf and items[1].utilization == 0.0
+
+
+def test_osdp_is_planned_without_devices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same recipe as data parallelism decided per operator: 26 billion parameters, table, picture and JSON."""
+    out, picture = tmp_path / "plan.json", tmp_path / "memory.svg"
+    words = ("--strategy", "osdp", "--cluster", "8x8xH100-80GB", "--out", str(out), "--picture", str(picture))
+    plan(tmp_path, *LARGE, *words, "--compare", "[8x8xH100-80GB@30GiB, 8x8xH100-80GB@8GiB]")
+    text = capsys.readouterr().out
+    found = OSDPPlan.load(out)
+    assert text.startswith(found.explain())
+    assert found.world_size == 64 and found.batch_size == 1
+    assert max(point.total for point in found.points) == found.peak_memory <= 0.9 * 80e9
+    assert "limit" in picture.read_text(encoding="utf-8")
+    # Everything sharded needs the states, 16 bytes per parameter, over 64 devices, and the activations of a sample.
+    parameters = sum(operator.count for operator in found.operators)
+    assert parameters == pytest.approx(32 * 12 * 8192**2 + 2 * 50257 * 8192, rel=0.01)
+    table = text[len(found.explain()) :]
+    wide, tight = table.index("30 GiB"), table.index("8 GiB")
+    assert "none fits: the smallest feasible memory_limit is" in table[tight:]
+    assert "none fits" not in table[wide:tight]
+
+
+def test_a_strategy_to_plan_for_needs_a_cluster(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="strategy=osdp: expected with cluster or compare"):
+        plan(tmp_path, "--strategy", "osdp")

@@ -15,7 +15,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from lightning_hetu.parallel.build import ModuleRoot
+from lightning_hetu.parallel.materialize import materialize, on_meta
 from lightning_hetu.parallel.osdp.discover import ROOT, Unit
+from lightning_hetu.parallel.osdp.split import split_modules
 from lightning_hetu.parallel.shard import sum_gradients
 from lightning_hetu.planning.osdp import OSDPPlan
 from lightning_hetu.planning.osdp.operator import Cut
@@ -32,7 +34,8 @@ def apply_osdp(
     Gradients are summed over the ranks, so the loss is to be divided by their number.
 
     Args:
-        module: The model, with its parameters on the device of the mesh.
+        module: The model, with its parameters on the device of the mesh, or on the meta device: then they are
+            initialized by ``reset_parameters``, the same on every rank.
         units: Its units; the plan has an operator of the name of each.
         plan: The plan.
         mesh: One-dimensional mesh of all data-parallel ranks.
@@ -44,33 +47,33 @@ def apply_osdp(
         ValueError: If plan and model do not belong together.
     """
     check_plan(units, plan)
-    plain = plain_parameters(module)
+    device = torch.device(mesh.device_type)  # of several GPUs, the current one
     decided = {operator.name: operator for operator in plan.operators}
-    wanted = {
-        name: (operator.slices, cast(Cut, operator.cut)) for name, operator in decided.items() if operator.slices > 1
-    }
-    ignored = {parameter for _, parameter in plain}
     members = {unit.name: _parameters_of(module, unit) for unit in units}
-    everything = set(module.parameters())
-    if wanted:
-        from lightning_hetu.parallel.osdp.split import split_modules
-
-        split_modules(module, wanted)
+    everything = {parameter for own in members.values() for parameter in own}
     wrapper = ModuleRoot(module)
-    # From the inside out: what is wrapped already is left out by the next one.
-    policies = {unit.name: precision_policy(unit) for unit in units}
+    # From the inside out: what is wrapped already is left out by the next one. Units on the meta device get memory only
+    # now, one after another, so that never more than one of them is whole.
     for unit in sorted(units, key=lambda unit: -_depth(unit.name)):
+        operator, policy = decided[unit.name], precision_policy(unit)
+        meta = {parameter for parameter in members[unit.name] if parameter.is_meta}
+        new = materialize(module, meta, device) if meta else {}
+        own = {new.get(parameter, parameter) for parameter in members[unit.name]}
+        ignored = (everything - members[unit.name]) | {parameter for parameter in own if _is_plain(parameter)}
         if unit.name == ROOT:
-            continue
-        operator, layer = decided[unit.name], module.get_submodule(unit.name)
-        if operator.slices > 1:
+            _wrap(wrapper, operator.mode, mesh, policy, ignored)
+        elif operator.slices > 1:
+            split_modules(module, {unit.name: (operator.slices, cast(Cut, operator.cut))})
             modes = [mode for mode, count in operator.parts for _ in range(count)]
-            for part, mode in zip(cast(nn.ModuleList, layer.slices), modes, strict=True):
-                _wrap(part, mode, mesh, policies[unit.name], ignored)
+            for part, mode in zip(cast(nn.ModuleList, module.get_submodule(unit.name).slices), modes, strict=True):
+                _wrap(part, mode, mesh, policy, ignored)
         else:
-            _wrap(layer, operator.mode, mesh, policies[unit.name], ignored | (everything - members[unit.name]))
-    mode = decided[ROOT].mode if ROOT in decided else "z2"
-    _wrap(wrapper, mode, mesh, policies.get(ROOT, MixedPrecisionPolicy()), ignored)
+            _wrap(module.get_submodule(unit.name), operator.mode, mesh, policy, ignored)
+    if on_meta(module):
+        materialize(module, (), device, rest=True)
+    if ROOT not in decided:
+        # It has no parameters, but ties the units into one context of FSDP2.
+        _wrap(wrapper, "z2", mesh, MixedPrecisionPolicy(), {p for _, p in plain_parameters(module)})
     return wrapper
 
 
@@ -97,7 +100,11 @@ def check_plan(units: Sequence[Unit], plan: OSDPPlan) -> None:
 
 def plain_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Parameters that FSDP2 refuses, those without a dimension or without an element; every rank keeps them whole."""
-    return [(name, p) for name, p in module.named_parameters() if p.ndim == 0 or p.numel() == 0]
+    return [(name, parameter) for name, parameter in module.named_parameters() if _is_plain(parameter)]
+
+
+def _is_plain(parameter: nn.Parameter) -> bool:
+    return parameter.ndim == 0 or parameter.numel() == 0
 
 
 def precision_policy(unit: Unit) -> MixedPrecisionPolicy:

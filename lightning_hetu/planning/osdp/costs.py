@@ -23,7 +23,7 @@ mode       gathers                          reductions                  kept gat
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, groupby
 from typing import Literal, NamedTuple, get_args
@@ -174,6 +174,7 @@ class OperatorCosts:
         reduce_bytes: Bytes per element that is reduced; ``None`` is ``gather_bytes``.
         optimizer_values: Values that the optimizer keeps per trained parameter, in the parameter's dtype: 2 for Adam.
         constants: Buffers of the runtime.
+        operator_dtypes: Bytes per gathered and per reduced element of the operators that have their own, by name.
 
     Raises:
         ValueError: If a mode is unknown or a number is out of range.
@@ -188,6 +189,7 @@ class OperatorCosts:
     reduce_bytes: int | None = None
     optimizer_values: float = 2.0
     constants: MemoryConstants = field(default_factory=MemoryConstants)
+    operator_dtypes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("world_size", "micro_steps", "gather_bytes", "reduce_bytes"):
@@ -219,6 +221,8 @@ class OperatorCosts:
 
     def dtypes(self, operator: Operator) -> tuple[int, int]:
         """Bytes per gathered and per reduced element."""
+        if operator.name in self.operator_dtypes:
+            return self.operator_dtypes[operator.name]
         gather = self.gather_bytes or operator.dtype_bytes
         return gather, self.reduce_bytes or gather
 
@@ -327,15 +331,24 @@ class OperatorCosts:
         """All choices for an operator: whole, in slices of one mode, and in slices of two modes.
 
         Of slices with two modes the first ones have the mode that keeps less memory.
+
+        Raises:
+            ValueError: If the operator can have none of the modes.
         """
+        modes = [mode for mode in self.modes if mode not in operator.excluded]
+        if not modes:
+            raise ValueError(
+                f"modes={list(self.modes)}: operator {operator.name!r} cannot have"
+                f" {', '.join(operator.excluded)}; allow another one, z2 say."
+            )
         out: list[Option] = []
         for slices in operator.slice_counts:
             runs = [(size, len(list(run))) for size, run in groupby(self.sizes(operator, slices))]
-            costs = {mode: [self.slice_cost(operator, size, mode) for size, _ in runs] for mode in self.modes}
+            costs = {mode: [self.slice_cost(operator, size, mode) for size, _ in runs] for mode in modes}
             lengths = [length for _, length in runs]
             overhead = (slices - 1) * self.micro_steps * operator.split_seconds
-            choices: list[tuple[Part, ...]] = [((mode, slices),) for mode in self.modes]
-            for wide, narrow in combinations(self.modes, 2):
+            choices: list[tuple[Part, ...]] = [((mode, slices),) for mode in modes]
+            for wide, narrow in combinations(modes, 2):
                 choices += [((narrow, k), (wide, slices - k)) for k in range(1, slices)]
             out += [_add(parts, costs, lengths, overhead) for parts in choices]
         return tuple(out)

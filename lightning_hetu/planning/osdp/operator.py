@@ -30,6 +30,7 @@ class Operator:
         kind: What people call operators like this one, for the text table.
         tied: Name of a group of operators that share parameters. They have one mode and are not split. Parameters
             that they share count for one of them; the others list only their own.
+        excluded: Modes that it cannot have.
 
     Raises:
         ValueError: If a number is out of range, or ``shapes`` contradict ``parameters`` or ``max_slices``.
@@ -48,11 +49,13 @@ class Operator:
     split_seconds: float = 0.0
     kind: str = ""
     tied: str = ""
+    excluded: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         shapes = tuple(tuple(shape) for shape in self.shapes)
         object.__setattr__(self, "shapes", shapes)
         object.__setattr__(self, "cuts", tuple(self.cuts))
+        object.__setattr__(self, "excluded", tuple(self.excluded))
         where = f"operator {self.name!r}"
         if not isinstance(self.name, str) or not self.name:
             raise ValueError(f"operator.name={self.name!r}: expected a text.")

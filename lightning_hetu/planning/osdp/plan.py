@@ -5,18 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
 from lightning_hetu.planning.osdp.costs import Accumulation, CollectiveCount, Part
 from lightning_hetu.planning.osdp.solver import Proof
+from lightning_hetu.planning.osdp.timeline import CATEGORIES, Point, points_from_json, points_to_json
 from lightning_hetu.planning.tables import text_table
 from lightning_hetu.planning.units import format_bytes, format_seconds
 
 FORMAT_VERSION = 1
-MEMORY_CATEGORIES = ("parameters", "gradients", "optimizer", "gathered", "transient", "activations", "base")
+MEMORY_CATEGORIES = CATEGORIES
 _NAME_WIDTH = 26
 
 
@@ -106,6 +108,8 @@ class OSDPPlan:
         shadow_price: Seconds saved per byte of a higher limit: the slope, at the limit, of the relaxed problem in which
             operators may be split at will between their options, for the largest transient of this plan. 0 where the
             fastest options fit.
+        points: Memory over one optimizer step, if it was played; then the peak is that of these points, and the
+            figures of the operators are what the search went by.
 
     Raises:
         ValueError: If a number is out of range, or operators share a name.
@@ -124,9 +128,11 @@ class OSDPPlan:
     gap: float = 0.0
     proof: Proof = "complete"
     shadow_price: float = 0.0
+    points: tuple[Point, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "operators", tuple(self.operators))
+        object.__setattr__(self, "points", points_from_json(self.points))
         for name in ("world_size", "micro_steps", "batch_size"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -157,8 +163,10 @@ class OSDPPlan:
 
     @property
     def memory(self) -> dict[str, int]:
-        """Peak bytes per rank by category (:data:`MEMORY_CATEGORIES`)."""
-        out = {name: sum(getattr(op, name) for op in self.operators) for name in MEMORY_CATEGORIES[:4]}
+        """Peak bytes per rank by category (:data:`MEMORY_CATEGORIES`); with points those at the highest one."""
+        if peak := self.peak_point:
+            return {name: size for name, size in zip(MEMORY_CATEGORIES, peak.memory, strict=True)}
+        out: dict[str, int] = {name: sum(getattr(op, name) for op in self.operators) for name in MEMORY_CATEGORIES[:4]}
         out["transient"] = max((operator.transient for operator in self.operators), default=0)
         return {**out, "activations": self.activations, "base": self.base}
 
@@ -168,6 +176,11 @@ class OSDPPlan:
         return sum(self.memory.values())
 
     @property
+    def peak_point(self) -> Point | None:
+        """The highest point; ``None`` without points."""
+        return max(self.points, key=lambda point: point.total, default=None)
+
+    @property
     def collectives(self) -> tuple[CollectiveCount, ...]:
         """All collectives of one optimizer step, those of one kind and number of ranks together."""
         totals: dict[tuple[str, int], tuple[int, int]] = {}
@@ -175,6 +188,12 @@ class OSDPPlan:
             calls, size = totals.get((item.op, item.ranks), (0, 0))
             totals[item.op, item.ranks] = calls + item.calls, size + item.bytes
         return tuple(CollectiveCount(*key, *value) for key, value in sorted(totals.items()))
+
+    @property
+    def in_short(self) -> str:
+        """How many operators have each mode."""
+        counts = Counter(operator.mode for operator in self.operators)
+        return ", ".join(f"{count} x {mode}" for mode, count in sorted(counts.items()))
 
     def __getitem__(self, name: str) -> OperatorPlan:
         """The decision for the operator of that name.
@@ -200,7 +219,10 @@ class OSDPPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON-compatible values."""
-        return {"version": FORMAT_VERSION, **asdict(self), "operators": [_short(op) for op in self.operators]}
+        data = {field.name: getattr(self, field.name) for field in fields(self)}
+        data["operators"] = [_short(operator) for operator in self.operators]
+        data["points"] = points_to_json(self.points)
+        return {"version": FORMAT_VERSION, **data}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> OSDPPlan:
@@ -290,6 +312,8 @@ def _operators(count: int) -> str:
 
 def _limit_line(plan: OSDPPlan) -> str:
     peak = f"peak memory {format_bytes(plan.peak_memory)} per rank"
+    if point := plan.peak_point:
+        peak += f" ({point.label})"
     if plan.memory_limit is None:
         return f"{peak}, no limit"
     line = f"{peak}, {plan.peak_memory / plan.memory_limit:.1%} of the limit of {format_bytes(plan.memory_limit)}"

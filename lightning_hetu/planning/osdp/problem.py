@@ -98,13 +98,16 @@ class Problem:
             twice = next(name for name in names if names.count(name) > 1)
             raise ValueError(f"operators: name {twice!r} occurs {names.count(twice)} times, expected once.")
         units = tuple(_units(operators))
-        known: dict[Operator, tuple[Option, ...]] = {}
+        known: dict[tuple[Operator, tuple[int, int]], tuple[Option, ...]] = {}
         options = []
         for unit in units:
             # All that the costs depend on; names and activations differ between operators with the same options.
-            key = replace(unit, name="-", kind="", tied="", activation_bytes=0.0, forward_seconds=0, backward_seconds=0)
+            like = replace(
+                unit, name="-", kind="", tied="", activation_bytes=0.0, forward_seconds=0, backward_seconds=0
+            )
+            key = like, costs.dtypes(unit)
             if key not in known:
-                known[key] = costs.options(key)
+                known[key] = costs.options(unit)
             options.append(known[key])
         made = {id(row): _item(row) for row in known.values()}
         return cls(operators, costs, base, units, tuple(options), tuple(made[id(row)] for row in options))
@@ -213,12 +216,16 @@ class Problem:
             if needed <= limit:
                 break
         if "off" not in self.costs.modes:
-            costs = replace(self.costs, comm=HostLink(self.costs.comm, 0.0), modes=(*self.costs.modes, "off"))
-            needed = Problem.build(self.operators, costs, self.base).least() + fixed
+            needed = self.with_offload().least() + fixed
             helps += [f"allow mode 'off' ({format_bytes(needed)})"] if needed < smallest else []
         if plan.activations:
             helps.append(f"recompute activations (at best {format_bytes(smallest - plan.activations)})")
         return OSDPInfeasibleError(limit, plan.memory, largest, helps)
+
+    def with_offload(self) -> Problem:
+        """The same problem with the host's memory, as if copies to it took no time."""
+        costs = replace(self.costs, comm=HostLink(self.costs.comm, 0.0), modes=(*self.costs.modes, "off"))
+        return Problem.build(self.operators, costs, self.base)
 
     def with_slices(self, name: str) -> Iterable[tuple[int, Problem]]:
         """The same problem with more slices of one operator, if it can be cut."""
@@ -264,6 +271,7 @@ def _merge(group: Sequence[Operator]) -> Operator:
         first,
         parameters=sum(op.parameters for op in group),
         shapes=tuple(shape for op in group for shape in op.shapes) if known else (),
+        excluded=tuple(sorted({mode for op in group for mode in op.excluded})),
         forward_seconds=math.fsum(op.forward_seconds for op in group),
         backward_seconds=math.fsum(op.backward_seconds for op in group),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TypedDict, Unpack
 
 from lightning_hetu.planning.osdp.costs import (
@@ -12,10 +13,13 @@ from lightning_hetu.planning.osdp.costs import (
     MemoryConstants,
     OperatorCosts,
 )
+from lightning_hetu.planning.osdp.fitted import FittedProblem
+from lightning_hetu.planning.osdp.fsdp2 import GLOO, Runtime
 from lightning_hetu.planning.osdp.links import CollectiveSeconds
 from lightning_hetu.planning.osdp.operator import Operator
 from lightning_hetu.planning.osdp.plan import OSDPPlan
 from lightning_hetu.planning.osdp.problem import Problem
+from lightning_hetu.planning.osdp.timeline import StepProfile
 from lightning_hetu.planning.units import parse_bytes
 
 # Batch sizes that promise less than this over the best one are not looked at.
@@ -44,6 +48,8 @@ def solve(
     base_memory: int = 0,
     time_limit: float = 4.0,
     tolerance: float = 0.0,
+    profile: StepProfile | None = None,
+    runtime: Runtime = GLOO,
     **costs: Unpack[CostArguments],
 ) -> OSDPPlan:
     """Finds the modes with the least communication that fit the memory limit.
@@ -63,6 +69,9 @@ def solve(
         base_memory: Bytes per rank of all that the operators do not list.
         time_limit: Seconds of search after which the best plan so far is returned with a certified gap.
         tolerance: Gap at which the search may end before it has proven the best plan.
+        profile: What the model does in a step, of the same operators. With it the memory of plans is that of the
+            played step (see ``timeline``), and the limit is kept by its peak.
+        runtime: Where devices and process groups differ in memory; counts with a profile only.
         **costs: ``micro_steps``, ``accumulation``, ``gather_bytes``, ``reduce_bytes``, ``optimizer_values`` and
             ``constants`` of :class:`OperatorCosts`.
 
@@ -70,7 +79,7 @@ def solve(
         OSDPInfeasibleError: If nothing fits.
         ValueError: If an argument is out of range, or names of operators are not unique.
     """
-    problem = Problem.build(operators, OperatorCosts(world_size, comm, tuple(modes), **costs), base_memory)
+    problem = _problem(operators, OperatorCosts(world_size, comm, tuple(modes), **costs), base_memory, profile, runtime)
     return problem.solve(_parse_limit(memory_limit), batch_size, time_limit, tolerance)
 
 
@@ -86,6 +95,8 @@ def solve_batch(
     base_memory: int = 0,
     time_limit: float = 4.0,
     tolerance: float = 0.0,
+    profile: StepProfile | None = None,
+    runtime: Runtime = GLOO,
     **costs: Unpack[CostArguments],
 ) -> OSDPPlan:
     """Finds the batch size per rank with the most samples per second, and the best plan for it.
@@ -105,6 +116,8 @@ def solve_batch(
         base_memory: See :func:`solve`.
         time_limit: Seconds of search for one batch size.
         tolerance: See :func:`solve`.
+        profile: See :func:`solve`.
+        runtime: See :func:`solve`.
         **costs: See :func:`solve`.
 
     Raises:
@@ -114,7 +127,7 @@ def solve_batch(
     for name, value in (("batch_multiple", batch_multiple), ("max_batch_size", max_batch_size)):
         if isinstance(value, bool) or not isinstance(value, int) or value < batch_multiple or value < 1:
             raise ValueError(f"{name}={value!r}: expected an integer of at least {max(batch_multiple, 1)}.")
-    problem = Problem.build(operators, OperatorCosts(world_size, comm, tuple(modes), **costs), base_memory)
+    problem = _problem(operators, OperatorCosts(world_size, comm, tuple(modes), **costs), base_memory, profile, runtime)
     limit = _parse_limit(memory_limit)
     largest = max_batch_size // batch_multiple
     if limit is not None:
@@ -151,6 +164,15 @@ def solve_batch(
         push(first, middle)
         push(middle, last)
     return max((plans[multiple] for multiple in sorted(plans)), key=rate)
+
+
+def _problem(
+    operators: Iterable[Operator], costs: OperatorCosts, base: int, profile: StepProfile | None, runtime: Runtime
+) -> Problem | FittedProblem:
+    if profile is None:
+        return Problem.build(operators, costs, base)
+    costs = replace(costs, operator_dtypes={**profile.dtypes, **costs.operator_dtypes})
+    return FittedProblem(Problem.build(operators, costs, base), profile, runtime)
 
 
 def _parse_limit(value: int | float | str | None) -> int | None:
