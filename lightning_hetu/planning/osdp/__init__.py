@@ -8,7 +8,9 @@ replicated as a memory limit allows, choosing those for which it pays most::
 
 Reading order: ``operator`` and ``links`` (what is known), ``costs`` (what a choice costs),
 ``problem`` (all choices of a model), ``solver`` with ``relaxation``, ``core`` and ``frontier``
-(the best one), ``plan`` (the result), ``overlap`` (an estimate for it).
+(the best one), ``plan`` (the result), ``overlap`` (an estimate for it). With a profile of a model's
+step, ``timeline`` plays plans on ``fsdp2``, ``fitted`` and ``staircase`` search by the memory that
+this shows, and ``picture`` draws it.
 """
 
 from lightning_hetu.planning.osdp.costs import CollectiveCount, MemoryConstants, OperatorCosts
@@ -17,6 +19,7 @@ from lightning_hetu.planning.osdp.operator import Operator
 from lightning_hetu.planning.osdp.plan import OperatorPlan, OSDPPlan
 from lightning_hetu.planning.osdp.problem import OSDPInfeasibleError
 from lightning_hetu.planning.osdp.search import solve, solve_batch
+from lightning_hetu.planning.osdp.timeline import StepProfile
 
 __all__ = [
     "CollectiveCount",
@@ -28,6 +31,7 @@ __all__ = [
     "OperatorCosts",
     "OperatorPlan",
     "Ring",
+    "StepProfile",
     "solve",
     "solve_batch",
 ]
