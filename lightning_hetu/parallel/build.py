@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 
 from lightning_hetu.parallel.megatron_sequence import apply_sequence_parallel, sequence_regions
 from lightning_hetu.parallel.mesh import PlanMesh
+from lightning_hetu.parallel.operator_groups import check_groups
 from lightning_hetu.parallel.recompute import apply_recompute
 from lightning_hetu.parallel.relayout import relayout, relayout_shared
 from lightning_hetu.parallel.sequence_attention import cut_attention_layer
@@ -55,6 +56,10 @@ def check_plan_fits_model(plan: HybridPlan, structure: ModelStructure, root: nn.
                 sequence_regions(root, name)
             except ValueError as error:
                 raise ValueError(f"plan.layers[{index}]={strategy}: {error} Leave out -sequence.") from None
+        try:
+            check_groups(root.get_submodule(name), strategy.sharded)
+        except ValueError as error:
+            raise ValueError(f"plan.layers[{index}]={strategy}: in {name}, {error}") from None
     for field, strategy in (("embedding", plan.embedding), ("head", plan.head)):
         if strategy.sequence_parallel or strategy.sp * strategy.cp > 1:
             raise ValueError(
@@ -62,6 +67,8 @@ def check_plan_fits_model(plan: HybridPlan, structure: ModelStructure, root: nn.
             )
         if strategy.recompute:
             raise ValueError(f"plan.{field}={strategy}: only blocks can be recomputed.")
+        if strategy.sharded:
+            raise ValueError(f"plan.{field}={strategy}: only blocks can have operators sharded further than the rest.")
     if structure.trace is not None and plan.embedding.tp > 1 and not outside_tensor_parallel_plan(root, structure):
         raise ValueError(
             f"plan.embedding={plan.embedding}: {type(root).__name__} has no tensor-parallel plan for what is outside of"
@@ -269,7 +276,7 @@ def parallelize(root: nn.Module, name: str, strategy: LayerStrategy, mesh: PlanM
         apply_recompute(layer)
     if cut is not None:
         cut()
-    apply_data_parallel(layer, layout, strategy.dp_type)
+    apply_data_parallel(layer, layout, strategy.dp_type, strategy.sharded)
 
 
 def _relayout_inputs(

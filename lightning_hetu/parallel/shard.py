@@ -6,16 +6,19 @@ otherwise be scaled by different factors, without any error; the loss is normali
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from lightning_hetu.parallel.mesh import Layout
+from lightning_hetu.parallel.tensor import SharedInput
 from lightning_hetu.planning.layer_strategy import DataParallelType
 
 
-def apply_data_parallel(layer: nn.Module, layout: Layout, dp_type: DataParallelType) -> None:
+def apply_data_parallel(
+    layer: nn.Module, layout: Layout, dp_type: DataParallelType, sharded: Sequence[str] = ()
+) -> None:
     """Wraps ``layer`` in place.
 
     Args:
@@ -23,11 +26,24 @@ def apply_data_parallel(layer: nn.Module, layout: Layout, dp_type: DataParallelT
         layout: Its meshes.
         dp_type: ``ddp`` copies parameters, ``zero2`` gathers them from forward until the last backward, ``zero3``
             gathers them around each use.
+        sharded: Names of modules inside that are ``zero3``, each by itself, whatever the rest is.
     """
+    for name in sharded:
+        operator = layer.get_submodule(name)
+        apply_data_parallel(operator, layout, "zero3")
+        _share_input_first(operator)
     mesh = layout.replicate if dp_type == "ddp" else layout.data
     fully_shard(layer, mesh=mesh, reshard_after_forward=dp_type == "zero3")
     layer._hetu_dp_type = dp_type  # type: ignore[assignment]
     sum_gradients(layer)
+
+
+def _share_input_first(operator: nn.Module) -> None:
+    """Lets column-parallel modules see their common input before FSDP gives each a tensor of its own in its place."""
+    for key, hook in operator._forward_pre_hooks.items():
+        if isinstance(getattr(hook, "__self__", None), SharedInput):
+            operator._forward_pre_hooks.move_to_end(key, last=False)  # type: ignore[attr-defined]
+            return
 
 
 def sum_gradients(module: nn.Module) -> None:

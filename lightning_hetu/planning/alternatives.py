@@ -41,7 +41,7 @@ def _uniform_plan(
     embeddings: list[LayerStrategy],
     heads: list[LayerStrategy],
 ) -> HybridPlan | None:
-    plain = replace(strategy, recompute=False)
+    plain = replace(strategy, recompute=False, sharded=())
 
     def nearest(options: list[LayerStrategy]) -> LayerStrategy:
         return min(options, key=lambda s: (s != plain, s.dp_type != plain.dp_type, abs(s.tp - plain.tp)))
@@ -68,7 +68,11 @@ def _spaces() -> list[tuple[str, _Test]]:
     """Names and tests of the restricted spaces; a uniform plan counts to all whose test it passes."""
 
     def data_parallel(kind: str) -> _Test:
-        return lambda p: p.layers[0].dp == p.world_size and p.layers[0].dp_type == kind
+        def test(plan: HybridPlan) -> bool:
+            layer = plan.layers[0]
+            return layer.dp == plan.world_size and layer.dp_type == kind and not layer.sharded
+
+        return test
 
     return [
         ("data parallel (ddp)", data_parallel("ddp")),

@@ -4,6 +4,9 @@ One tree per pipeline degree. Under it, the devices of a stage are factored by a
 out of data parallelism, sharded data parallelism and tensor parallelism; the last one of the sequence takes
 neighboring ranks. Recomputation doubles the leaves (Galvatron-BMW, arXiv 2307.02031, section 3).
 
+Where operators inside of a layer may be sharded further than the rest of it (OSDP, arXiv 2209.13258),
+:func:`with_sharded_operators` adds a few choices of them.
+
 Three sets are offered:
 
 * :func:`decision_tree`: the tree of the papers, with or without takeaway 3 (never mix DP and SDP in one layer);
@@ -14,16 +17,19 @@ Three sets are offered:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from itertools import permutations
+from itertools import accumulate, permutations
 from math import prod
 
 from lightning_hetu.planning.layer_strategy import DataParallelType, LayerStrategy
 
 _PARADIGMS = ("dp", "sdp", "tp")
 Leaf = tuple[tuple[str, int], ...]
+_OPERATOR_STEPS = ((4, 4), (16, 2))
+"""Up to so many layers in a stage, so many choices of operators. Where there are more layers one is enough: different
+strategies of the layers then make for fine steps."""
 
 
 def powers_of_two(limit: int) -> list[int]:
@@ -196,12 +202,56 @@ def layer_strategies(
     return found
 
 
+def operator_choices(operators: Mapping[str, int], layer_bytes: int, steps: int) -> tuple[tuple[str, ...], ...]:
+    """Which operators of a layer may be sharded together: the largest ones, for a few numbers of them.
+
+    With the largest ones, the fewest collectives take a given share of the layer. The numbers are those whose bytes
+    come closest to equal steps up to all operators.
+
+    Args:
+        operators: Bytes of each.
+        layer_bytes: Bytes of the layer. A single operator that is all of it is left out: it would be the layer itself.
+        steps: How many choices there are at most.
+    """
+    names = sorted(operators, key=lambda name: -operators[name])  # in the order of calls where they are equal
+    sums = list(accumulate(operators[name] for name in names))
+    if not names or (len(names) == 1 and sums[0] == layer_bytes):
+        return ()
+    wanted = [sums[-1] * (step + 1) / steps for step in range(steps)]
+    numbers = {min(range(len(names)), key=lambda n: abs(sums[n] - size)) + 1 for size in wanted}
+    return tuple(tuple(names[:number]) for number in sorted(numbers))
+
+
+def with_sharded_operators(
+    strategies: Sequence[LayerStrategy], operators: Mapping[str, int], layer_bytes: int, layers: int
+) -> list[LayerStrategy]:
+    """Adds to each strategy that could be sharded further those in which some operators are.
+
+    Args:
+        strategies: Strategies of a layer.
+        operators: Bytes of each of its operators.
+        layer_bytes: Bytes of the layer.
+        layers: Layers in a stage. Where they are many, there are fewer choices, and beside one type of data parallelism
+            only, ``zero2`` where that is among the strategies.
+    """
+    steps = next((steps for most, steps in _OPERATOR_STEPS if layers <= most), 1)
+    choices = operator_choices(operators, layer_bytes, steps)
+    kinds = {strategy.dp_type for strategy in strategies if strategy.shard_degree > 1} - {"zero3"}
+    if layers > _OPERATOR_STEPS[0][0] and "zero2" in kinds:
+        kinds = {"zero2"}
+    found = list(strategies)
+    for strategy in strategies:
+        if strategy.shard_degree > 1 and strategy.dp_type in kinds and not strategy.sharded:
+            found += [replace(strategy, sharded=names) for names in choices]
+    return found
+
+
 def without_needless_cuts(strategies: Sequence[LayerStrategy]) -> list[LayerStrategy]:
     """Leaves out strategies that cut sequences where the batch can be cut instead.
 
-    A strategy goes if another one of the same type and recomputation has more data parallelism and cuts sequences less,
-    and in no other way. For Ulysses and context parallelism that loses nothing: ranks have as much to compute and to
-    keep, and share out weights and gradients over as many; only the exchanges of a cut sequence are fewer. Where a
+    A strategy goes if another one that shards and recomputes the same has more data parallelism and cuts sequences
+    less, and in no other way. For Ulysses and context parallelism that loses nothing: ranks have as much to compute and
+    to keep, and share out weights and gradients over as many; only the exchanges of a cut sequence are fewer. Where a
     neighboring layer has fewer batch shards, going there and back takes the same gathers as cutting the sequence does.
     For Megatron sequence parallelism it is a choice, which keeps the search short: it also cuts weights, as plain
     tensor parallelism does, which stays; as few activations are had by more microbatches.
@@ -222,7 +272,7 @@ def _needed(strategies: tuple[LayerStrategy, ...]) -> tuple[LayerStrategy, ...]:
     def replaces(other: LayerStrategy, strategy: LayerStrategy) -> bool:
         return (
             other.dp > strategy.dp
-            and (other.dp_type, other.recompute) == (strategy.dp_type, strategy.recompute)
+            and all(getattr(other, name) == getattr(strategy, name) for name in ("dp_type", "recompute", "sharded"))
             and other.num_devices == other.dp * prod(cuts(other))
             and all(less <= more for less, more in zip(cuts(other), cuts(strategy), strict=True))
         )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from textwrap import wrap
 
 from lightning_hetu.planning.layer_strategy import LayerStrategy
 from lightning_hetu.planning.partition import balance_degree
@@ -43,6 +45,7 @@ def _header(plan: HybridPlan) -> list[str]:
         f" microbatch{'es' * (plan.num_microbatches > 1)} of {plan.microbatch_size}",
     ]
     lines += _sequence_lines(plan)
+    lines += _operator_lines(plan)
     prediction = plan.prediction
     if prediction is None:
         return [*lines, "no prediction: written by hand"]
@@ -74,9 +77,23 @@ def _sequence_lines(plan: HybridPlan) -> list[str]:
     return _wrap(f"sequence cut: {', '.join(cut)}", indent="") if cut else []
 
 
+def _operator_lines(plan: HybridPlan) -> list[str]:
+    """A line for each set of operators that are sharded further than the rest of their blocks."""
+    counts: dict[tuple[str, ...], int] = {}
+    for layer in plan.layers:
+        if layer.sharded:
+            counts[layer.sharded] = counts.get(layer.sharded, 0) + 1
+    lines = []
+    for names, count in counts.items():
+        lines += _wrap(f"zero3 in {count} block{'s' * (count > 1)}: {', '.join(names)}", indent="")
+    return lines
+
+
 def describe(strategy: LayerStrategy) -> str:
-    """A strategy in words for a table, for example ``dp2 tp2 zero3 recompute``."""
-    return str(strategy).replace("-", " ")
+    """A strategy in words for a table: ``dp2 tp2 zero3 recompute``, ``dp4 zero2, 3 operators zero3``."""
+    words = str(replace(strategy, sharded=())).replace("-", " ")
+    count = len(strategy.sharded)
+    return f"{words}, {count} operator{'s' * (count > 1)} zero3" if count else words
 
 
 def _table(plan: HybridPlan) -> list[str]:
@@ -109,7 +126,7 @@ def _table(plan: HybridPlan) -> list[str]:
     # Only strategies can be long; the rest of the table is well below the limit.
     widths[2] = min(widths[2], _MAX_WIDTH - sum(widths) + widths[2] - 3 * (len(columns) - 1))
     text = [_line(columns, widths), "-+-".join("-" * width for width in widths)]
-    return text + [_line(line, widths) for line in cells]
+    return text + [part for line in cells for part in _lines(line, widths)]
 
 
 def _run_end(plan: HybridPlan, row: int, end: int) -> int:
@@ -139,6 +156,16 @@ def _stage_total(plan: HybridPlan, stage: int) -> tuple[str, ...]:
     if prediction.memory_budget:
         text += f" ({peak / prediction.memory_budget:.1%} of budget)"
     return f"stage {stage} total", str(stage), "", format_seconds(prediction.stage_times[stage]), text
+
+
+def _lines(cells: Sequence[str], widths: Sequence[int]) -> list[str]:
+    """A line, and more where its strategy does not fit."""
+    pieces = wrap(cells[2], widths[2]) or [""]
+    empty = [""] * len(cells)
+    return [
+        _line([piece if index == 2 else cell for index, cell in enumerate(cells if first else empty)], widths)
+        for first, piece in zip([True] + [False] * len(pieces), pieces, strict=False)
+    ]
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
@@ -175,6 +202,8 @@ def _traits(plan: HybridPlan) -> dict[str, str]:
         values = list(dict.fromkeys(str(getattr(layer, name)).lower() for layer in plan.layers))
         return "/".join(values)
 
+    operators = "/".join(dict.fromkeys(str(len(layer.sharded)) for layer in plan.layers))
+
     runs: list[list[str]] = []
     for layer in plan.layers:
         if runs and runs[-1][0] == str(layer):
@@ -186,6 +215,7 @@ def _traits(plan: HybridPlan) -> dict[str, str]:
         "devices": str(plan.world_size),
         "pp": str(plan.pipeline_parallel_size),
         **{name: of_blocks(name) for name in ("dp", "tp", "sp", "cp", "sequence_parallel", "dp_type", "recompute")},
+        "zero3_operators": operators,
         "batch": str(plan.global_batch_size),
         "microbatches": str(plan.num_microbatches),
         "schedule": plan.schedule,

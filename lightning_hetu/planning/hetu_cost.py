@@ -11,6 +11,8 @@ Follows the estimator of Galvatron (arXiv 2211.13878, section 3.3) and differs w
   gradients and reduces them once per step, in the last microbatch.
 * ``zero3`` gathers parameters in forward and in backward of every microbatch, ``zero2`` once per step, ``ddp`` never.
   Recomputation does not gather once more: it runs with the parameters already there for backward.
+* A row may have operators that are ``zero3`` while the rest of it is not (OSDP, arXiv 2209.13258). It is then priced by
+  parts: each operator is gathered and reduced as a group of its own, with a message and a latency of its own.
 * Peak memory has the temporary buffers of FSDP2 in it, see :class:`HetuConstants`.
 * Processes that share the cores of a host slow each other down.
 """
@@ -19,12 +21,14 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import gcd
+from typing import Literal, NamedTuple
 
 from lightning_hetu.planning.cluster import ClusterSpec
 from lightning_hetu.planning.cost_model import Bytes, CostModel, RowCost, RowMemory, Setting, byte_vector
 from lightning_hetu.planning.enumeration import layer_strategies
-from lightning_hetu.planning.layer_strategy import LayerStrategy
+from lightning_hetu.planning.layer_strategy import DataParallelType, LayerStrategy
 from lightning_hetu.planning.profile import LayerProfile, ModelProfile
 
 _ULYSSES_EXCHANGES = 4
@@ -88,6 +92,75 @@ class HetuConstants:
     overlap_gathers: bool = True
     context_bytes: int = 0
     optimizer_seconds_per_byte: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Parameters of a row that have one type of data parallelism.
+
+    Args:
+        dp_type: The type.
+        shards: Ranks that share them out, 1 for copies.
+        sizes: Bytes of each group that is gathered and reduced on its own, on one tensor-parallel rank.
+        trained: Share of them that is trained.
+    """
+
+    dp_type: DataParallelType
+    shards: int
+    sizes: tuple[float, ...]
+    trained: float
+
+    @cached_property
+    def total(self) -> float:
+        """Bytes of all groups."""
+        return sum(self.sizes)
+
+    @cached_property
+    def largest(self) -> float:
+        """Bytes of the largest group."""
+        return max(self.sizes)
+
+
+class _Traffic(NamedTuple):
+    """Seconds of data parallelism of one row, if nothing ran beside it.
+
+    Args:
+        gather: Gathering the parameters that are gathered around each use, in one direction.
+        gather_once: Gathering those that are gathered once per step.
+        reduce: Reducing the gradients that are reduced in every microbatch.
+        reduce_last: Reducing those that are reduced in the last one only.
+    """
+
+    gather: float
+    gather_once: float
+    reduce: float
+    reduce_last: float
+
+
+class _ParameterBytes(NamedTuple):
+    """What the parameters of one row take in a step, in bytes per device.
+
+    Args:
+        parameters: At rest.
+        trained: Those of them that are trained.
+        copy: Gathered copies from forward to backward.
+        accumulated: Gradients between two microbatches.
+        forward: Gathered sizes alive while the forward runs.
+        backward: The same of backward.
+        new: Full gradients that the backward has made when the most is alive in it.
+        lingering: Flat buffer of a reduction that is still there while a backward runs.
+        reduced: Gradients and flat buffers of the largest reduction, over what is gone by then.
+    """
+
+    parameters: float
+    trained: float
+    copy: float
+    accumulated: float
+    forward: float
+    backward: float
+    new: float
+    lingering: float
+    reduced: float
 
 
 class HetuCostModel(CostModel):
@@ -180,35 +253,31 @@ class HetuCostModel(CostModel):
         """Price of one row under one strategy."""
         layer = self._layer_of_plan(row, setting)
         c = self.constants
-        samples = setting.microbatch_size / strategy.dp
-        shards = strategy.shard_degree
-        full = layer.parameters(strategy.tp)
-        # Tensor parallelism is innermost: the ranks that hold one shard of the weights are tp apart.
-        stride = strategy.tp if strategy.tp_consecutive else 1
-
         contention = self.contention(setting)
-        forward = layer.forward_seconds(samples / strategy.sequence_degree, strategy.tp) * contention
+        forward = self._forward_seconds(layer, strategy, setting)
         overhead = self.cluster.layer_overhead * contention
         backward = forward * layer.backward_ratio + (forward if strategy.recompute else 0.0)
-        gather = self.cluster.seconds("all_gather", shards, full * self._gathered, stride=stride)
-        gradient = full * layer.trainable_fraction * self._reduced
-        reduce = self.cluster.seconds(
-            "all_reduce" if strategy.dp_type == "ddp" else "reduce_scatter", shards, gradient, stride=stride
-        )
+        parts = self._parts(layer, strategy)
+        traffic = self._traffic(parts, strategy)
         tensor = self.tensor_times(row, strategy, setting)
         sequence = self.sequence_times(row, strategy, setting)
         border = self._border_seconds(row, stage, strategy, setting)
 
-        zero3_gather = gather if strategy.dp_type == "zero3" else 0.0
-        forward_total = self._overlap(forward, zero3_gather, overlaps=c.overlap_gathers)
-        backward_total = self._overlap(backward, zero3_gather, overlaps=c.overlap_gathers)
-        # The reduction runs next to the backward as well.
-        reduce_exposed = self._overlap(backward, zero3_gather + reduce) - self._overlap(backward, zero3_gather)
-        every_time = self._reduces_every_microbatch(strategy)
-        once_gather = 0.0
-        if strategy.dp_type == "zero2":
-            once_gather = self._overlap(forward, gather, overlaps=c.overlap_gathers) - forward
-        local = full if strategy.dp_type == "ddp" else full / shards
+        gather = traffic.gather
+        forward_total = self._overlap(forward, gather, overlaps=c.overlap_gathers)
+        backward_total = self._overlap(backward, gather, overlaps=c.overlap_gathers)
+        # The reductions run next to the backward as well.
+        gathered, reduced = (self._overlap(backward, seconds) for seconds in (gather, gather + traffic.reduce))
+        reduce_exposed = reduced - gathered
+        reduce_last = self._overlap(backward, gather + traffic.reduce + traffic.reduce_last) - reduced
+        once_gather = self._overlap(forward, gather + traffic.gather_once, overlaps=c.overlap_gathers) - forward_total
+        reduces: dict[str, float] = {}
+        for part in parts:
+            if self._reduces_every_microbatch(part):
+                reduces["gradient_reduce"] = reduce_exposed
+            else:
+                reduces["gradient_reduce_per_step"] = reduce_last
+        local = sum(part.total / part.shards for part in parts)
         optimizer = local * layer.trainable_fraction * c.optimizer_seconds_per_byte
         tied = self._tied_seconds(row, strategy, setting)
         return RowCost(
@@ -218,8 +287,8 @@ class HetuCostModel(CostModel):
             + sum(tensor)
             + sum(sequence)
             + sum(border)
-            + (reduce_exposed if every_time else 0.0),
-            sync=once_gather + optimizer + tied + (0.0 if every_time else reduce_exposed),
+            + reduce_exposed,
+            sync=once_gather + optimizer + tied + reduce_last,
             memory=self._memory(row, stage, strategy, setting),
             parts={
                 "forward": forward,
@@ -229,7 +298,7 @@ class HetuCostModel(CostModel):
                 "parameter_gather": forward_total + backward_total - forward - backward,
                 "stage_border": sum(border),
                 "runtime": overhead,
-                "gradient_reduce" if every_time else "gradient_reduce_per_step": reduce_exposed,
+                **reduces,
                 "parameter_gather_per_step": once_gather,
                 "optimizer_per_step": optimizer,
                 "tied_gradients_per_step": tied,
@@ -238,6 +307,62 @@ class HetuCostModel(CostModel):
             first_forward=once_gather,
             optimizer=optimizer + tied,
         )
+
+    def _forward_seconds(self, layer: LayerProfile, strategy: LayerStrategy, setting: Setting) -> float:
+        """Seconds that the forward of a row computes in one microbatch."""
+        samples = setting.microbatch_size / strategy.dp
+        return layer.forward_seconds(samples / strategy.sequence_degree, strategy.tp) * self.contention(setting)
+
+    def gather_in_forward(self, row: int, strategy: LayerStrategy, setting: Setting) -> float:
+        """Seconds that gathers around each use add to the forward of one microbatch."""
+        layer = self._layer_of_plan(row, setting)
+        forward = self._forward_seconds(layer, strategy, setting)
+        gather = self._traffic(self._parts(layer, strategy), strategy).gather
+        return self._overlap(forward, gather, overlaps=self.constants.overlap_gathers) - forward
+
+    def _parts(self, layer: LayerProfile, strategy: LayerStrategy) -> tuple[_Part, ...]:
+        """The parameters of a row by their type of data parallelism; one part, unless operators are sharded further.
+
+        Raises:
+            ValueError: If the profile does not know such an operator.
+        """
+        full, trained, shards = layer.parameters(strategy.tp), layer.trainable_fraction, strategy.shard_degree
+        own = 1 if strategy.dp_type == "ddp" else shards
+        if not strategy.sharded:
+            return (_Part(strategy.dp_type, own, (full,), trained),)
+        unknown = [name for name in strategy.sharded if name not in layer.operators]
+        if unknown:
+            known = ", ".join(layer.operators) or "none known; profile the model again"
+            raise ValueError(
+                f"strategy {strategy}: layer {layer.name!r} has no operator {unknown[0]!r}, expected among {known}."
+            )
+        # Which of them tensor parallelism splits is not known one by one: each is taken to be split as the layer is.
+        scale = full / layer.parameter_bytes
+        sizes = tuple(layer.operators[name] * scale for name in strategy.sharded)
+        parts = (_Part("zero3", shards, sizes, trained),)
+        rest = full - sum(sizes)
+        return parts if rest < 1 else (_Part(strategy.dp_type, own, (rest,), trained), *parts)
+
+    def _traffic(self, parts: Sequence[_Part], strategy: LayerStrategy) -> _Traffic:
+        """Seconds of gathers and reductions, each with the message of its group."""
+        # Tensor parallelism is innermost: the ranks that hold one shard of the weights are tp apart.
+        stride = strategy.tp if strategy.tp_consecutive else 1
+        ranks = strategy.shard_degree
+        gathers = {"ddp": 0.0, "zero2": 0.0, "zero3": 0.0}
+        every = last = 0.0
+        for part in parts:
+            kind: Literal["all_reduce", "reduce_scatter"] = "all_reduce" if part.dp_type == "ddp" else "reduce_scatter"
+            for size in part.sizes:
+                if part.dp_type != "ddp":
+                    gathers[part.dp_type] += self.cluster.seconds(
+                        "all_gather", ranks, size * self._gathered, stride=stride
+                    )
+                seconds = self.cluster.seconds(kind, ranks, size * part.trained * self._reduced, stride=stride)
+                if self._reduces_every_microbatch(part):
+                    every += seconds
+                else:
+                    last += seconds
+        return _Traffic(gathers["zero3"], gathers["zero2"], every, last)
 
     def _tied_seconds(self, row: int, strategy: LayerStrategy, setting: Setting) -> float:
         """Once per step first and last stage add up the gradients of what embedding and head share."""
@@ -249,7 +374,7 @@ class HetuCostModel(CostModel):
         apart = setting.devices_per_stage * (setting.num_stages - 1)
         return self.cluster.seconds("all_reduce", 2, message, stride=apart)
 
-    def _reduces_every_microbatch(self, strategy: LayerStrategy) -> bool:
+    def _reduces_every_microbatch(self, strategy: LayerStrategy | _Part) -> bool:
         return strategy.dp_type != "ddp" and self.constants.reduce_every_microbatch
 
     def tensor_times(self, row: int, strategy: LayerStrategy, setting: Setting) -> tuple[float, float]:
@@ -395,25 +520,7 @@ class HetuCostModel(CostModel):
         c = self.constants
         samples = setting.microbatch_size / strategy.dp
         tp, parts = strategy.tp, strategy.sequence_degree
-        full = layer.parameters(strategy.tp)
-        trained = full * layer.trainable_fraction
-        shards = 1 if strategy.dp_type == "ddp" else strategy.shard_degree
         microbatches = setting.num_microbatches
-
-        states = {
-            "parameters": full / shards,
-            "optimizer": trained / shards * self.profile.optimizer_state_bytes,
-        }
-        gradient = trained / shards
-        earlier = (gradient if self.pipeline else trained * self._reduced) if c.accumulates else 0.0
-        # One gathered copy from forward to backward; zero3 has its own only while it runs.
-        keeps = strategy.dp_type == "zero2" or (strategy.dp_type == "ddp" and c.ddp_keeps_copy)
-        keeps |= whole and strategy.dp_type == "zero3"
-        copy = full * self._gathered if keeps else 0.0
-        gathers_forward = {"ddp": 0.0, "zero2": c.zero2_forward_gather, "zero3": c.zero3_forward_gather}
-        gather_forward = gathers_forward[strategy.dp_type] * full * self._gathered
-        gather_backward = c.zero3_backward_gather * full * self._gathered if strategy.dp_type == "zero3" else 0.0
-
         uncut = layer.boundary_bytes * samples
         # Ulysses and context parallelism cut everything inside of the layer.
         samples /= parts
@@ -441,18 +548,18 @@ class HetuCostModel(CostModel):
         if strategy.recompute:
             # Forward drops what is inside at once; right before its own backward all of it is there again.
             backward_extra = inside - kept + gathered + max(backward_extra, rerun_extra)
-        if microbatches == 1 or self._reduces_every_microbatch(strategy):
-            # Full gradients are made from the first layer of its backward on; elsewhere they are there already.
-            backward_extra += LayerProfile.at_degree(layer.backward_gradients, tp) * self._reduced
 
+        own = self._parameter_bytes(layer, strategy, setting, in_flight, kept, whole)
+        gradient, accumulated, copy = own.trained, own.accumulated, own.copy
+        states = {"parameters": own.parameters, "optimizer": gradient * self.profile.optimizer_state_bytes}
+        full_gradients = layer.parameters(tp) * layer.trainable_fraction * self._reduced
+        earlier = (gradient if self.pipeline else full_gradients) if c.accumulates else 0.0
         if microbatches == 1:
             resting = gradient if c.gradients_during_forward else 0.0
             held = byte_vector(**states, gradients=resting + earlier, activations=kept, gathered=copy)
             released = byte_vector(**states, gradients=gradient + earlier)
-            reduce_extra = c.backward_reduce * trained * self._reduced
         else:
             # Gradients accumulate from the first backward on, when one microbatch is gone already.
-            accumulated = gradient if self._reduces_every_microbatch(strategy) else trained * self._reduced
             late = min(in_flight, microbatches - 1) * kept + accumulated
             if in_flight * kept > late:
                 held = byte_vector(**states, gradients=earlier, activations=in_flight * kept, gathered=copy)
@@ -461,22 +568,75 @@ class HetuCostModel(CostModel):
                 held = byte_vector(**states, gradients=here, activations=late - accumulated, gathered=copy)
             waiting = (in_flight - 1) * kept
             released = byte_vector(**states, gradients=accumulated + earlier, activations=waiting, gathered=copy)
-            # The accumulated gradient counts already; a new one and the flat buffer of the reduction come on top.
-            reduce_extra = c.backward_reduce * trained * self._reduced
-        # Gradients are reduced when the row's backward is done, and so its activations are gone: of this microbatch, or
-        # of all of them where only the last microbatch reduces.
-        gone = kept if self._reduces_every_microbatch(strategy) else min(in_flight, microbatches) * kept
-        # FSDP2 frees the flat buffer of a reduction when the next row reduces: it is still there while that row runs
-        # its backward. The next row is taken to be of the same size. What reduces in the last microbatch only has
-        # released the others by then.
-        lingers = c.lingering_reduce * trained * self._reduced
-        lingers -= 0.0 if self._reduces_every_microbatch(strategy) else (in_flight - 1) * kept
-        backward_extra = max(backward_extra + max(lingers, 0.0), reduce_extra - gone)
-        step = byte_vector(**states, gradients=gradient, transient=trained / shards * c.optimizer_transient)
+        backward_extra = max(backward_extra + own.new + max(own.lingering, 0.0), own.reduced)
+        step = byte_vector(**states, gradients=gradient, transient=gradient * c.optimizer_transient)
         return RowMemory(
             held=held,
             released=released,
-            forward=held + byte_vector(transient=forward_extra + gather_forward),
-            backward=held + byte_vector(transient=backward_extra + gather_backward),
+            forward=held + byte_vector(transient=forward_extra + own.forward),
+            backward=held + byte_vector(transient=backward_extra + own.backward),
             step=step,
         )
+
+    def _parameter_bytes(
+        self, layer: LayerProfile, strategy: LayerStrategy, setting: Setting, in_flight: int, kept: float, whole: bool
+    ) -> _ParameterBytes:
+        """Bytes of parameters and gradients of one row, and of the buffers that they are gathered and reduced in.
+
+        Args:
+            layer: The row's profile.
+            strategy: Its strategy.
+            setting: Stages and microbatches.
+            in_flight: Microbatches that are held at most.
+            kept: Activations that are kept of one of them.
+            whole: See :meth:`_row_memory`.
+        """
+        c, microbatches = self.constants, setting.num_microbatches
+        parts = self._parts(layer, strategy)
+        full = sum(part.total for part in parts)
+        gradients = LayerProfile.at_degree(layer.backward_gradients, strategy.tp) * self._reduced
+        parameters = trained = copy = accumulated = forward = backward = new = flat = rest = 0.0
+        lingering = reduced = float("-inf")
+        for part in parts:
+            every = self._reduces_every_microbatch(part)
+            parameters += part.total / part.shards
+            local = part.total * part.trained / part.shards
+            trained += local
+            accumulated += local if every else part.total * part.trained * self._reduced
+            # One gathered copy from forward to backward; zero3 has its own only while it runs.
+            keeps = part.dp_type == "zero2" or (part.dp_type == "ddp" and c.ddp_keeps_copy)
+            keeps |= whole and part.dp_type == "zero3"
+            copy += part.total * self._gathered if keeps else 0.0
+            if part.dp_type == "zero2":
+                flat = part.total * self._gathered
+                forward = c.zero2_forward_gather * part.total * self._gathered
+            elif part.dp_type == "zero3":
+                largest = part.largest * self._gathered
+                # The gather before the first operator's own may have been that of the rest.
+                forward = max(forward, c.zero3_forward_gather * largest + max(flat - largest, 0.0))
+                backward = c.zero3_backward_gather * largest
+                if strategy.recompute:
+                    # What recomputation gathers inside of the row stays for backward.
+                    backward += part.total * self._gathered - largest
+            arriving = part.largest * part.trained * self._reduced
+            if microbatches == 1 or every:
+                # Full gradients are made from the first layer of its backward on; elsewhere they are there already.
+                made = gradients * (part.total / full if full else 1.0)
+                new += made if len(part.sizes) == 1 else min(made, arriving)
+            # FSDP2 frees the flat buffer of a reduction when the next row reduces: it is still there while that row
+            # runs its backward. The next row is taken to be of the same size. What reduces in the last microbatch only
+            # has released the others by then.
+            lingers = c.lingering_reduce * arriving
+            lingering = max(lingering, lingers - (0.0 if every else (in_flight - 1) * kept))
+            # Gradients are reduced when the row's backward is done, and so its activations are gone: of this
+            # microbatch, or of all of them where only the last microbatch reduces. The accumulated gradient counts
+            # already; a new one and the flat buffer of the reduction come on top.
+            if part.dp_type == "zero3" and strategy.sharded:
+                # Operators reduce in between: the first one before activations are gone, the last one when they are,
+                # and all gradients of the rest are there.
+                gone = min(0.0, kept - rest)
+            else:
+                gone = kept if every else min(in_flight, microbatches) * kept
+                rest = arriving if microbatches == 1 or every else 0.0
+            reduced = max(reduced, c.backward_reduce * arriving - gone)
+        return _ParameterBytes(parameters, trained, copy, accumulated, forward, backward, new, lingering, reduced)

@@ -7,6 +7,9 @@ parallelism outermost, then context parallelism; the innermost degree (``tp`` or
 Three of them cut the sequence of a layer: Megatron sequence parallelism along with ``tp`` (arXiv 2205.05198), Ulysses
 (arXiv 2309.14509), and context parallelism by ring attention (arXiv 2310.01889). Between layers activations are whole
 sequences all the same.
+
+Some operators inside of a layer may be sharded further than the rest of it: OSDP (arXiv 2209.13258) decides that for
+every operator.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ DataParallelType = Literal["ddp", "zero2", "zero3"]
 
 _DP_TYPES: tuple[str, ...] = get_args(DataParallelType)
 _DEGREE = re.compile(r"^(dp|tp|sp|cp)(\d+)$")
+_SHARDED = re.compile(r"-sharded\(([^()]*)\)", re.IGNORECASE)
+_NO_NAME = re.compile(r"[\s,()]")
 
 
 @dataclass(frozen=True)
@@ -37,10 +42,13 @@ class LayerStrategy:
         tp_consecutive: Whether the tensor-parallel group consists of neighboring ranks.
         sequence_parallel: Whether the tensor-parallel ranks share out the sequence between the split products (Megatron
             sequence parallelism, arXiv 2205.05198, section 4.2.2).
+        sharded: Names inside the layer of the operators that are ``zero3``, each gathered on its own, while the rest of
+            the layer has ``dp_type``. In alphabetical order.
 
     Raises:
-        ValueError: If a degree is not a positive integer, ``dp_type`` is unknown, ``tp`` and ``sp`` are both used, or
-            ``sequence_parallel`` is set without ``tp``.
+        ValueError: If a degree is not a positive integer, ``dp_type`` is unknown, ``tp`` and ``sp`` are both used,
+            ``sequence_parallel`` is set without ``tp``, or ``sharded`` names something twice, or where there is nothing
+            to shard further.
     """
 
     dp: int = 1
@@ -51,6 +59,7 @@ class LayerStrategy:
     cp: int = 1
     tp_consecutive: bool = True
     sequence_parallel: bool = False
+    sharded: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("dp", "tp", "sp", "cp"):
@@ -68,6 +77,27 @@ class LayerStrategy:
             raise ValueError(
                 "LayerStrategy sequence_parallel=True with tp=1: the tensor-parallel ranks share it, use tp2."
             )
+        self._check_sharded()
+
+    def _check_sharded(self) -> None:
+        given = self.sharded
+        names = tuple(given) if isinstance(given, tuple | list) else ()
+        if not isinstance(given, tuple | list) or any(
+            not isinstance(name, str) or not name or _NO_NAME.search(name) for name in names
+        ):
+            raise ValueError(f"LayerStrategy sharded={given!r}: expected a list of names of modules inside the layer.")
+        if len(set(names)) < len(names):
+            raise ValueError(f"LayerStrategy sharded={list(names)}: each operator at most once.")
+        if names and self.dp_type == "zero3":
+            raise ValueError(
+                f"LayerStrategy sharded={list(names)} with dp_type='zero3': all of the layer is, use zero2 or ddp for"
+                " the rest, or leave out sharded."
+            )
+        if names and self.shard_degree == 1:
+            raise ValueError(
+                f"LayerStrategy sharded={list(names)} with dp={self.dp}: weights have one copy only, leave out sharded."
+            )
+        object.__setattr__(self, "sharded", tuple(sorted(names)))
 
     @property
     def num_devices(self) -> int:
@@ -85,11 +115,16 @@ class LayerStrategy:
         return self.dp * self.sp * self.cp
 
     def __str__(self) -> str:
-        """Compact form that :meth:`parse` reads back, for example ``dp2-tp2-zero3-recompute``."""
+        """Compact form that :meth:`parse` reads back, for example ``dp2-tp2-zero3-recompute``.
+
+        Operators that are sharded further follow the type, as in ``dp4-zero2-sharded(attention.query,mlp.up)``.
+        """
         parts = [f"{name}{getattr(self, name)}" for name in ("dp", "tp", "sp", "cp") if getattr(self, name) > 1]
         parts = parts or ["dp1"]
         if self.shard_degree > 1 or self.dp_type != "ddp":
             parts.append(self.dp_type)
+        if self.sharded:
+            parts.append(f"sharded({','.join(self.sharded)})")
         if self.sequence_parallel:
             parts.append("sequence")
         if self.recompute:
@@ -118,7 +153,13 @@ class LayerStrategy:
         if not isinstance(value, str):
             raise ValueError(f"LayerStrategy {value!r}: expected text such as 'dp2-tp2-zero3', or its fields.")
         options: dict[str, Any] = {}
-        for part in value.strip().lower().split("-"):
+        # Names of modules keep their case, and may have any of the other words in them.
+        operators = _SHARDED.findall(value)
+        if len(operators) > 1:
+            raise ValueError(f"LayerStrategy {value!r}: sharded is given twice.")
+        if operators:
+            options["sharded"] = tuple(name.strip() for name in operators[0].split(","))
+        for part in _SHARDED.sub("", value).strip().lower().split("-"):
             degree = _DEGREE.match(part)
             item: Any
             if degree:
@@ -134,7 +175,7 @@ class LayerStrategy:
             else:
                 raise ValueError(
                     f"LayerStrategy {value!r}: unknown part {part!r}, expected dpN, tpN, spN, cpN, "
-                    f"{', '.join(_DP_TYPES)}, sequence, recompute or strided, joined by '-'."
+                    f"{', '.join(_DP_TYPES)}, sharded(NAME,...), sequence, recompute or strided, joined by '-'."
                 )
             if key in options:
                 raise ValueError(f"LayerStrategy {value!r}: {key} is given twice.")
@@ -143,4 +184,4 @@ class LayerStrategy:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-compatible values."""
-        return asdict(self)
+        return {**asdict(self), "sharded": list(self.sharded)}

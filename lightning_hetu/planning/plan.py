@@ -192,7 +192,7 @@ class HybridPlan:
                 f"plan.num_microbatches={self.num_microbatches}: expected a multiple of {ranks} pipeline ranks with"
                 f" schedule={self.schedule!r}."
             )
-        sharded = [name for name, row in self.rows() if row.dp_type == "zero3"]
+        sharded = [name for name, row in self.rows() if row.dp_type == "zero3" or row.sharded]
         if self.schedule == "zero_bubble" and sharded:
             raise ValueError(
                 f"plan.{sharded[0]}={dict(self.rows())[sharded[0]]}: schedule='zero_bubble' splits the backward, which"
@@ -255,12 +255,12 @@ class HybridPlan:
     ) -> HybridPlan:
         """A plan with the same strategy in every block; ``stages`` may be a count, blocks are then spread evenly.
 
-        Embedding and head follow the blocks without recomputation unless given.
+        Embedding and head follow the blocks unless given, but without recomputation and operators sharded further.
         """
         strategy = LayerStrategy.parse(strategy)
         if isinstance(stages, int):
             stages = even_stages(num_layers, stages)
-        plain = replace(strategy, recompute=False)
+        plain = replace(strategy, recompute=False, sharded=())
         return cls(
             world_size=strategy.num_devices * len(stages) // max(virtual_stages, 1),
             global_batch_size=global_batch_size,

@@ -41,6 +41,8 @@ class LayerProfile:
         ulysses_degrees: Ulysses degrees above 1 the layer can run with (they divide its heads and its sequence).
         context_degrees: Context-parallel degrees above 1 the layer can run with (its attention can go round a ring).
         trainable_fraction: Share of ``parameter_bytes`` that is trained (has gradients and optimizer states).
+        operators: ``{name: parameter bytes}`` of the modules inside of the layer whose parameters can be gathered on
+            their own, in the order they are called; see ``LayerStrategy.sharded``. Empty where that is not known.
     """
 
     name: str
@@ -60,6 +62,7 @@ class LayerProfile:
     sequence_activation_bytes: Mapping[int, float] = field(default_factory=dict)
     ulysses_degrees: tuple[int, ...] = ()
     context_degrees: tuple[int, ...] = ()
+    operators: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         points = tuple(sorted((float(n), float(t)) for n, t in self.forward_time))
@@ -92,6 +95,14 @@ class LayerProfile:
         if not 0 <= self.tp_parameter_bytes <= self.parameter_bytes:
             raise ValueError(
                 f"layer {self.name!r}: tp_parameter_bytes={self.tp_parameter_bytes} must lie between 0 and"
+                f" parameter_bytes={self.parameter_bytes}."
+            )
+
+        operators = {str(name): int(size) for name, size in self.operators.items()}
+        object.__setattr__(self, "operators", operators)
+        if any(size < 1 for size in operators.values()) or sum(operators.values()) > self.parameter_bytes:
+            raise ValueError(
+                f"layer {self.name!r}: operators={operators} must be positive and add up to no more than"
                 f" parameter_bytes={self.parameter_bytes}."
             )
 

@@ -20,7 +20,6 @@ from math import ceil
 import numpy as np
 
 from lightning_hetu.planning.cost_model import CostModel, Setting, predict, step_seconds
-from lightning_hetu.planning.dynamic_programming import StageChoice
 from lightning_hetu.planning.hetu_cost import HetuCostModel
 from lightning_hetu.planning.layer_strategy import LayerStrategy
 from lightning_hetu.planning.partition import balanced_cut
@@ -30,6 +29,7 @@ from lightning_hetu.planning.plan import HybridPlan, PlanPrediction, Schedule, e
 from lightning_hetu.planning.schedule_cost import ScheduleCostModel, is_simulated, offered_schedules, rank_peak
 from lightning_hetu.planning.search_space import Pins
 from lightning_hetu.planning.stage_search import Found, SettingSearch, StageTables
+from lightning_hetu.planning.stage_tables import StageChoice
 
 WORTHWHILE_GAIN = 0.01
 """Least share of the step time that a plan must gain to leave 1F1B: more stages or split backwards are harder to
@@ -200,11 +200,11 @@ class ScheduleSearch:
     def _without_zero3(self, plan: HybridPlan) -> HybridPlan | None:
         """The plan with ``zero2`` in place of ``zero3``; ``None`` where the pins do not have it."""
         pinned = self.pins.pinned_strategies().values()
-        rows = [row for _, row in plan.rows()]
-        sharded = [row for row in rows if row.dp_type == "zero3"]
-        if any(row in pinned or not self._allows(replace(row, dp_type="zero2")) for row in sharded):
+        before = [row for _, row in plan.rows()]
+        rows = [replace(row, dp_type="zero2") if row.dp_type == "zero3" else replace(row, sharded=()) for row in before]
+        changed = [pair for pair in zip(before, rows, strict=True) if pair[0] != pair[1]]
+        if any(row in pinned or not self._allows(new) for row, new in changed):
             return None
-        rows = [replace(row, dp_type="zero2") if row.dp_type == "zero3" else row for row in rows]
         return replace(plan, embedding=rows[0], layers=tuple(rows[1:-1]), head=rows[-1])
 
     @staticmethod
@@ -225,7 +225,8 @@ def _saving(strategy: LayerStrategy, change: str) -> LayerStrategy:
     order = ("ddp", "zero2", "zero3")
     if strategy.shard_degree == 1 or order.index(strategy.dp_type) >= order.index(change):
         return strategy
-    return replace(strategy, dp_type=change)  # type: ignore[arg-type]
+    rest = () if change == "zero3" else strategy.sharded
+    return replace(strategy, dp_type=change, sharded=rest)  # type: ignore[arg-type]
 
 
 def _rounds(plan: HybridPlan) -> float:

@@ -10,10 +10,12 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from lightning_hetu.planning.cost_model import CostModel, Setting
-from lightning_hetu.planning.enumeration import powers_of_two, without_needless_cuts
+from lightning_hetu.planning.enumeration import powers_of_two, with_sharded_operators, without_needless_cuts
 from lightning_hetu.planning.hetu_cost import HetuCostModel
 from lightning_hetu.planning.layer_strategy import DataParallelType, LayerStrategy
 from lightning_hetu.planning.plan import PricedSchedule, Schedule, even_stages
+
+DataParallelMode = Literal["layer", "osdp"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Pins:
         sequence_parallel: Whether the blocks use Megatron sequence parallelism, which takes ``tp`` above 1.
         recompute: Whether the blocks are recomputed.
         max_tp: Largest tensor-parallel degree of any row.
+        dp_mode: ``layer`` decides on one type of data parallelism per layer. With ``osdp`` a block may also have some
+            operators in ``zero3`` while the rest is ``ddp`` or ``zero2``, where its profile knows its operators.
     """
 
     pipeline_parallel_size: int | None = None
@@ -55,6 +59,7 @@ class Pins:
     dp_type: tuple[DataParallelType, ...] | None = None
     recompute: bool | None = None
     max_tp: int | None = None
+    dp_mode: DataParallelMode | None = None
 
     @classmethod
     def parse(cls, pins: Mapping[str, Any], num_layers: int) -> Pins:
@@ -96,6 +101,8 @@ class Pins:
             for kind in values["dp_type"]:
                 if kind not in get_args(DataParallelType):
                     raise ValueError(f"dp_type={kind!r}: expected one of {', '.join(get_args(DataParallelType))}.")
+        if "dp_mode" in values and values["dp_mode"] not in get_args(DataParallelMode):
+            raise ValueError(f"dp_mode={values['dp_mode']!r}: expected one of {', '.join(get_args(DataParallelMode))}.")
         for name in ("sequence_parallel", "recompute"):
             if name in values and not isinstance(values[name], bool):
                 raise ValueError(f"{name}={values[name]!r}: expected true or false.")
@@ -127,13 +134,20 @@ class Pins:
 
     def _free(self, model: CostModel, row: int, setting: Setting) -> list[LayerStrategy]:
         block = 0 < row <= model.num_layers
-        return [
+        by_operator = block and self.dp_mode == "osdp"
+        if by_operator and not isinstance(model, HetuCostModel):
+            raise ValueError(f"dp_mode='osdp': cost model {model.name!r} has no prices of operators, expected 'hetu'.")
+        allowed = [
             s
             for s in model.strategies(row, setting)
             if (not block or self._allows_block(s))
             and (self.dp_type is None or s.shard_degree == 1 or s.dp_type in self.dp_type)
             and (self.max_tp is None or s.tp <= self.max_tp)
         ]
+        if not by_operator or not isinstance(model, HetuCostModel):
+            return allowed
+        layer, layers = model.layer(row), model.num_layers // setting.num_stages
+        return with_sharded_operators(allowed, layer.operators, layer.parameter_bytes, layers)
 
     def _allows_block(self, strategy: LayerStrategy) -> bool:
         degrees = all(

@@ -178,11 +178,9 @@ class StageTiming:
             return alone.get(name, 0.0), cost.parts.get(name, 0.0)
 
         gather_forward = gather_backward = (0.0, 0.0)
-        if strategy.dp_type == "zero3":
-            # ``zero2`` gathers the same beside the same forward, once.
-            once = self.model.row_cost(row, self.stage, replace(strategy, dp_type="zero2"), self.setting).parts
+        if strategy.dp_type == "zero3" or strategy.sharded:
             seconds, added = both("parameter_gather")
-            gather_forward = seconds / 2, once["parameter_gather_per_step"]
+            gather_forward = seconds / 2, self.model.gather_in_forward(row, strategy, self.setting)
             gather_backward = seconds / 2, added - gather_forward[1]
         relayout = report.relayouts[index]
         # An all-gather on the way to fewer batch shards, in forward or in backward; back is a slice.

@@ -31,6 +31,7 @@ class LayerCase:
         sequence_degrees: Those of them with which it can run with Megatron sequence parallelism.
         ulysses_degrees: Ulysses degrees above 1 it can run with.
         context_degrees: Context-parallel degrees above 1 it can run with.
+        operators: ``{name: bytes}`` of the modules inside that can be sharded on their own.
         boundary_bytes: Bytes per sample of the layer's input.
         parameters: What the layer owns; ``None`` is ``module``'s. Names relative to ``module``.
         autocast: What forward runs under.
@@ -48,6 +49,7 @@ class LayerCase:
     sequence_degrees: tuple[int, ...] = ()
     ulysses_degrees: tuple[int, ...] = ()
     context_degrees: tuple[int, ...] = ()
+    operators: Mapping[str, int] = field(default_factory=dict)
     boundary_bytes: float = 0.0
     parameters: Mapping[str, nn.Parameter] | None = None
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext

@@ -25,6 +25,7 @@ from lightning_hetu.planning.profile import LayerProfile
 from lightning_hetu.profiling._case import LayerCase
 from lightning_hetu.profiling._isolation import AutocastFactory
 from lightning_hetu.profiling._layers import group_layers
+from lightning_hetu.profiling._operators import with_operators
 from lightning_hetu.profiling._sequence import with_sequence_degrees
 
 
@@ -181,7 +182,7 @@ class ForwardParts:
             boundary_bytes=_bytes(sent, rows),
             autocast=self.autocast,
         )
-        return with_sequence_degrees(case, self.module, name, case.arguments, self.max_tp)
+        return with_operators(with_sequence_degrees(case, self.module, name, case.arguments, self.max_tp))
 
     def _behind(
         self, model: nn.Module, inputs: Any, target: Any, seen: _Observed, rows: int, needs_gradient: bool

@@ -229,6 +229,7 @@ def layer_profile(
         ulysses_degrees=case.ulysses_degrees,
         context_degrees=case.context_degrees,
         trainable_fraction=trained / total if total else 1.0,
+        operators=case.operators,
     )
 
 

@@ -20,6 +20,7 @@ from lightning_hetu.profiling._case import LayerCase, tensor_bytes
 from lightning_hetu.profiling._forward_parts import ForwardParts
 from lightning_hetu.profiling._isolation import AutocastFactory
 from lightning_hetu.profiling._layers import group_layers
+from lightning_hetu.profiling._operators import with_operators
 from lightning_hetu.profiling._sequence import with_sequence_degrees
 
 _log = logging.getLogger(__name__)
@@ -93,6 +94,7 @@ class ModelParts:
                 case = self._case(str(name), here, hidden, target if last else None, kind)
                 if kind is not None:
                     case = with_sequence_degrees(case, self.module, str(name), ((hidden,), {}), self.max_tp)
+                    case = with_operators(case)
                 profiles.append(measure(replace(case, input_requires_grad=needs_gradient)))
                 if not last:
                     hidden = self._run(str(name), here, hidden)

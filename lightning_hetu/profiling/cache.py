@@ -29,7 +29,7 @@ from lightning_hetu.profiling._agreement import broadcast, gather, rank_and_size
 from lightning_hetu.profiling._layers import describe
 from lightning_hetu.profiling.cluster import device_name
 
-CACHE_VERSION = 4
+CACHE_VERSION = 5
 """Grows whenever the profilers measure something in a new way, so that older files are not found any more."""
 
 CACHE_VARIABLE = "LIGHTNING_HETU_CACHE"

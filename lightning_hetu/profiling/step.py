@@ -26,6 +26,7 @@ from lightning_hetu.profiling._case import LayerCase, tensor_bytes
 from lightning_hetu.profiling._isolation import AutocastFactory, autocast_factory, untouched
 from lightning_hetu.profiling._layers import group_layers
 from lightning_hetu.profiling._measure import Stopwatch, measure_layer, measure_memory
+from lightning_hetu.profiling._operators import with_operators
 from lightning_hetu.profiling._sequence import with_sequence_degrees
 from lightning_hetu.profiling.model import Ticker, checked_sizes, optimizer_state_bytes, profile_together
 from lightning_hetu.profiling.progress import ProgressCallback
@@ -287,7 +288,7 @@ def _block_case(
         boundary_bytes=tensor_bytes(tensors[:1], rows) * rows / samples,
         autocast=autocast,
     )
-    return with_sequence_degrees(case, module, name, (call.args, call.kwargs), max_tp)
+    return with_operators(with_sequence_degrees(case, module, name, (call.args, call.kwargs), max_tp))
 
 
 def _scaled(profile: LayerProfile, in_place: float, samples: int) -> LayerProfile:

@@ -120,8 +120,13 @@ def configure_optimizers_early(
 
 def unsupported_callback(trainer: Trainer, plan: HybridPlan) -> str | None:
     """Why a callback of this Trainer cannot run on parameters that are distributed tensors."""
-    meshes = {(row.shard_degree, row.tp, row.dp_type == "ddp") for _, row in plan.rows()}
-    alike = len(meshes) == 1 and plan.pipeline_parallel_size == 1 and plan.embedding.tp == 1
+    meshes = {(row.shard_degree, row.tp, row.dp_type == "ddp", row.sharded) for _, row in plan.rows()}
+    alike = (
+        len(meshes) == 1
+        and not (plan.layers[0].dp_type == "ddp" and plan.layers[0].sharded)
+        and plan.pipeline_parallel_size == 1
+        and plan.embedding.tp == 1
+    )
     problem = averages_whole_parameters(trainer)
     if problem is not None:
         return problem

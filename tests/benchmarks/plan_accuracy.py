@@ -151,12 +151,12 @@ class _ProfileOnly(AutoHybridParallelStrategy):
 
     profiles: tuple[ModelProfile, ClusterSpec]
 
-    def _parallelize(self, trainer: Trainer, module: LightningModule) -> None:
+    def _make_plan(self, trainer: Trainer, module: LightningModule) -> HybridPlan:
         from lightning_hetu.parallel.structure import find_structure
 
         request = PlanRequest("auto", None, None, {}, False)
         self.profiles = make_profiles(request, trainer, module, find_structure(module), self)[:2]
-        super()._parallelize(trainer, module)
+        return super()._make_plan(trainer, module)
 
 
 def profiles(rank: int, setup: Setup) -> tuple[ModelProfile, ClusterSpec]:
