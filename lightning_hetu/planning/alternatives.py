@@ -23,13 +23,14 @@ _Test = Callable[[HybridPlan], bool]
 def uniform_plans(model: CostModel, global_batch_size: int, pins: Pins) -> Iterator[HybridPlan]:
     """Every plan that gives all blocks one strategy, and embedding and head the same layout where they can have it."""
     for setting in pins.settings(model, global_batch_size):
-        options = [pins.options(model, row, setting) for row in range(setting.num_rows)]
-        if not all(options):
-            continue
-        for strategy in options[1]:
-            if any(strategy not in row for row in options[2:-1]):
+        # Blocks of one kind have the same options, unless they are pinned.
+        kinds = {(model.row_kind(row), pins.given(model, row)): row for row in reversed(range(1, setting.num_rows - 1))}
+        first, *others = (pins.options(model, row, setting) for row in sorted(kinds.values()))
+        embeddings, heads = (pins.options(model, row, setting) for row in (0, setting.num_rows - 1))
+        for strategy in first:
+            if any(strategy not in options for options in others) or not embeddings or not heads:
                 continue
-            plan = _uniform_plan(model, setting, strategy, options[0], options[-1])
+            plan = _uniform_plan(model, setting, strategy, embeddings, heads)
             if plan is not None:
                 yield plan
 

@@ -115,7 +115,7 @@ class Pins:
 
     def options(self, model: CostModel, row: int, setting: Setting) -> list[LayerStrategy]:
         """Strategies of a row that the pins and the microbatch size allow."""
-        given = self._given(model, row)
+        given = self.given(model, row)
         found = [given] if given is not None else self._free(model, row, setting)
         found = [
             strategy
@@ -125,7 +125,8 @@ class Pins:
         # What the released Galvatron searches stays whole.
         return without_needless_cuts(found) if isinstance(model, HetuCostModel) else found
 
-    def _given(self, model: CostModel, row: int) -> LayerStrategy | None:
+    def given(self, model: CostModel, row: int) -> LayerStrategy | None:
+        """The strategy that a row is pinned to, if it is."""
         if row == 0:
             return self.embedding
         if row > model.num_layers:
