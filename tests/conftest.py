@@ -26,6 +26,7 @@ torch.set_num_threads(1)
 _START_PROCESSES = {"test_cli.py", "test_ranks.py", "test_profile_cluster.py"}
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Spreads tests over the workers of pytest-xdist, and skips those whose devices are missing, saying so."""
     # All that start processes go to one worker, which shares them, and start first; of the others, files stay together.
