@@ -29,10 +29,10 @@ train: setup
 	$(BIN)/lightning-hetu fit --config $(RECIPE)
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2
 
 test-all: setup
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m ""
+	$(BIN)/python -m pytest -n 2 -m ""
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 # Before torch and numpy are imported: tests are small, and distributed ones start several processes on few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -23,19 +24,24 @@ from tests._ranks import RankPool
 
 torch.set_num_threads(1)
 
-_START_PROCESSES = {"test_cli.py", "test_ranks.py", "test_profile_cluster.py"}
+_START_PROCESSES = ("tests/parallel", "tests/profiling", "tests/strategies", "tests/test_cli.py", "tests/test_ranks.py")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Spreads tests over the workers of pytest-xdist: one has all that start processes, and shares them."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByRoom(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "processes" if file.startswith(_START_PROCESSES) else file
+
+    return ByRoom(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Spreads tests over the workers of pytest-xdist, and skips those whose devices are missing, saying so."""
-    # All that start processes go to one worker, which shares them, and start first; of the others, files stay together.
-    alone = {
-        item for item in items if "ranks" in getattr(item, "fixturenames", ()) or item.path.name in _START_PROCESSES
-    }
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ranks" if item in alone else str(item.path)))
-    items.sort(key=lambda item: item not in alone)
+    """Skip tests marked ``gpu`` and ``multigpu`` where the devices are missing, saying so."""
+    items.sort(key=lambda item: not item.nodeid.startswith(_START_PROCESSES))  # the longest part first
     available = torch.cuda.device_count()
     for marker, needed in (("gpu", 1), ("multigpu", 2)):
         if available >= needed:
