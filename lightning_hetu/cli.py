@@ -164,6 +164,11 @@ class HetuTrainer(Trainer):
                 save_memory_picture(planner.plan, picture)
             return
         request = self.strategy.request if isinstance(self.strategy, OSDPStrategy) else OSDPRequest()
+        if request.memory_limit is not None and memory_budget is None:
+            rank_zero_info(
+                f"memory_limit={request.memory_limit} of the strategy is for this machine; the clusters have"
+                " 90 percent of their memory, or what --memory_budget says."
+            )
         names = [*([] if cluster is None else [cluster]), *(compare or [])]
         targets = [Target.parse(name, memory_budget) for name in names]
         plans = plan_osdp_offline(self, model, datamodule, request, targets, search_batch=search_batch)

@@ -147,6 +147,17 @@ def averages_whole_parameters(trainer: Trainer) -> str | None:
     return None
 
 
+def compares_parameters(trainer: Trainer, modes: set[str]) -> str | None:
+    """Why a callback of this Trainer cannot run on parameters that are held in several ways."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, BaseFinetuning) and len(modes) > 1:
+            return (
+                f"{type(callback).__name__} compares parameters one by one, which only works where all are sharded"
+                " alike: give modes=['zdp'] and max_slices=1."
+            )
+    return None
+
+
 def forget_dataloaders(trainer: Trainer) -> None:
     """Makes loops set their loaders up anew: some may have been built before there was a plan to cut them by."""
     for loop in (trainer.fit_loop, trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop):

@@ -64,6 +64,8 @@ def plan_osdp_offline(
     Raises:
         ValueError: If the batch does not divide over the devices of a target.
     """
+    with torch.device("meta"):
+        module.configure_model()
     batch = first_batch(module, datamodule)
     samples = batch_samples(batch)
     module = cast(LightningModule, trainer.strategy.precision_plugin.convert_module(module))

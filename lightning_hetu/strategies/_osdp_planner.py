@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
@@ -30,6 +31,7 @@ from lightning_hetu.planning.osdp.timeline import StepProfile
 from lightning_hetu.planning.presets import DevicePreset
 from lightning_hetu.planning.units import parse_bytes
 from lightning_hetu.profiling import ProfileCache, ProgressBar, cluster_key, optimizer_state_bytes, profile_cluster
+from lightning_hetu.profiling._isolation import untouched
 from lightning_hetu.profiling._measure import Stopwatch
 from lightning_hetu.profiling.operators import profile_operators
 from lightning_hetu.profiling.step_time import StepSeconds, time_step
@@ -40,6 +42,11 @@ if TYPE_CHECKING:
     from lightning_hetu.strategies.osdp import OSDPStrategy
 
 _USABLE_MEMORY = 0.9
+_DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
+_ELEMENTWISE = (
+    torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adagrad,
+    torch.optim.Adadelta, torch.optim.Adamax, torch.optim.NAdam, torch.optim.RAdam, torch.optim.ASGD, torch.optim.Rprop,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -100,6 +107,7 @@ def model_units(
     step = compat.step_of_run(trainer, module).__name__
 
     def run(model: Any, values: Any) -> None:
+        model.trainer = trainer  # a copy of a LightningModule has none
         with compat.silent_logging(model), torch.no_grad(), trainer.strategy.precision_plugin.forward_context():
             getattr(model, step)(values, 0)
 
@@ -109,10 +117,16 @@ def model_units(
                 copied = fake_copy(module, device, shared=(trainer,))
                 rows = fake_batch(batch, batch_samples(batch), device)
                 return find_units(copied, partial(run, copied, rows), whole=request.whole)
-        except (DataDependentOutputException, DynamicOutputShapeException):
+        except _DATA_DEPENDENT:
             module.to(device)
-            rows = module.trainer.strategy.batch_to_device(batch, device)
-            return find_units(module, partial(run, module, rows), whole=request.whole)
+            rows = trainer.strategy.batch_to_device(first_rows(batch, 1), device)
+            with untouched(module, device):
+                return find_units(module, partial(run, module, rows), whole=request.whole)
+
+
+def looks_at_whole_tensors(optimizers: Sequence[Optimizer]) -> str | None:
+    """Name of an optimizer that is not known to work element by element, and so may differ for slices."""
+    return next((type(item).__name__ for item in optimizers if type(item) not in _ELEMENTWISE), None)
 
 
 def evaluation_plan(units: tuple[Unit, ...], world_size: int) -> OSDPPlan:
@@ -154,6 +168,10 @@ def make_plan(
     if limit is None:
         raise ValueError("memory_limit=None, and the device does not tell its memory: give memory_limit='20GiB'.")
     run = partial(step_loss, trainer)
+    whole = looks_at_whole_tensors(strategy.configured_optimizers)
+    if whole is not None and request.max_slices > 1:
+        rank_zero_info(f"{whole} may look at whole parameters, so no operator is cut into slices")
+        request = replace(request, max_slices=1)
     seconds = None
     if not on_meta(module):  # where there are no weights yet, seconds of computation stay unknown
         with compat.silent_logging(module):
@@ -179,16 +197,17 @@ def make_plan(
                     runtime=NCCL if device.type == "cuda" else GLOO,
                 )
                 bar(2, 2, "done")
-        except ValueError as error:  # every rank must end with the same message instead of waiting for rank 0
+        except Exception as error:  # every rank must end with the same message instead of waiting for rank 0
             outcome = error
     outcome = strategy.broadcast(outcome)
-    if isinstance(outcome, ValueError):
+    if isinstance(outcome, Exception):
         raise outcome
     return cast(OSDPPlan, outcome)
 
 
 def step_loss(trainer: Trainer, module: Any, batch: Any) -> Tensor:
     """The loss of a training step, in the Trainer's precision."""
+    module.trainer = trainer  # a copy of a LightningModule has none
     with trainer.strategy.precision_plugin.forward_context():
         return loss_of_step(module, batch)
 
@@ -208,19 +227,24 @@ def profile_units(
     trainer: Trainer,
     device: DevicePreset | None = None,
 ) -> StepProfile:
-    """Operators, their sizes, and the activations over a step; for a described device with its seconds."""
-    cuts = cuts_of if request.max_slices > 1 else None
-    return profile_operators(
-        module,
-        units,
-        run,
-        rows,
-        batch_samples(rows),
-        device=device,
-        cuts=cuts,
-        max_slices=request.max_slices,
-        shared=(trainer,),
-    )
+    """Operators, their sizes, and the activations over a step; for a described device with its seconds.
+
+    A model that decides by values what to compute is run for real, where it has weights.
+    """
+    options: dict[str, Any] = {
+        "device": device,
+        "cuts": cuts_of if request.max_slices > 1 else None,
+        "max_slices": request.max_slices,
+        "shared": (trainer,),
+    }
+    samples = batch_samples(rows)
+    try:
+        return profile_operators(module, units, run, rows, samples, **options)
+    except ValueError as error:
+        if device is not None or on_meta(module) or not isinstance(error.__cause__, _DATA_DEPENDENT):
+            raise
+        rows = trainer.strategy.batch_to_device(rows, trainer.strategy.root_device)
+        return profile_operators(module, units, run, rows, samples, fake=False, **options)
 
 
 def with_seconds(profile: StepProfile, seconds: StepSeconds) -> StepProfile:

@@ -23,14 +23,21 @@ from typing_extensions import override
 
 from lightning_hetu.parallel.materialize import check_can_be_materialized
 from lightning_hetu.parallel.mesh import PlanMesh
-from lightning_hetu.parallel.osdp.apply import apply_osdp, set_last_micro_step
+from lightning_hetu.parallel.osdp.apply import apply_osdp, check_parameters, reshard, set_last_micro_step
 from lightning_hetu.parallel.osdp.discover import Unit
 from lightning_hetu.parallel.osdp.engine import DataParallelEngine, reduce_plain_gradients
 from lightning_hetu.parallel.pipeline_mixin import PipelineMixin, uses_pipeline
 from lightning_hetu.planning import HybridPlan, LayerStrategy
 from lightning_hetu.planning.osdp import OSDPPlan
 from lightning_hetu.strategies import _lightning_compat as compat
-from lightning_hetu.strategies._osdp_planner import OSDPRequest, changes, evaluation_plan, make_plan, model_units
+from lightning_hetu.strategies._osdp_planner import (
+    OSDPRequest,
+    changes,
+    evaluation_plan,
+    looks_at_whole_tensors,
+    make_plan,
+    model_units,
+)
 from lightning_hetu.strategies._planned import PlannedStrategy
 from lightning_hetu.strategies._planner import example_batch
 
@@ -94,7 +101,18 @@ class OSDPStrategy(PlannedStrategy):
     @override
     def _check_model(self, trainer: Trainer, module: LightningModule) -> None:
         self.plan, self._rows_plan = None, None
-        self._units = model_units(self._request, trainer, module, self.root_device, example_batch(trainer))
+        check_parameters(module)
+        batch = example_batch(trainer)
+        outcome: Any = None
+        if self.global_rank == 0:
+            try:
+                outcome = model_units(self._request, trainer, module, self.root_device, batch)
+            except Exception as error:  # every rank must end with it instead of waiting for rank 0
+                outcome = error
+        outcome = self.broadcast(outcome)
+        if isinstance(outcome, Exception):
+            raise outcome
+        self._units = outcome
 
     @override
     def _check_meta(self, module: LightningModule) -> None:
@@ -116,8 +134,17 @@ class OSDPStrategy(PlannedStrategy):
                 f" devices={plan.world_size}, or plan again for {self.world_size}."
             )
         problem = compat.averages_whole_parameters(trainer)
+        if problem is None:
+            problem = compat.compares_parameters(trainer, {mode for op in plan.operators for mode, _ in op.parts})
         if problem is not None and compat.is_fitting(trainer):
             raise ValueError(problem)
+        sliced = next((operator for operator in plan.operators if operator.slices > 1), None)
+        whole = looks_at_whole_tensors(self.configured_optimizers)
+        if sliced is not None and whole is not None:
+            raise ValueError(
+                f"plan.operators: {sliced.slices} slices of {sliced.name!r}, but {whole} may look at whole parameters:"
+                " plan again with max_slices=1, or use an optimizer that works element by element."
+            )
         self.plan = plan
         rows = LayerStrategy(dp=self.world_size, dp_type="zero3")
         samples = plan.batch_size * self.world_size
@@ -141,6 +168,24 @@ class OSDPStrategy(PlannedStrategy):
         return changes(OSDPPlan.load(plan_file), self.plan)
 
     # ------------------------------------------------------------------ steps
+
+    @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self._resharded(super().validation_step(*args, **kwargs))
+
+    @override
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self._resharded(super().test_step(*args, **kwargs))
+
+    @override
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self._resharded(super().predict_step(*args, **kwargs))
+
+    def _resharded(self, output: Any) -> Any:
+        # Without a backward nothing else would, and whatever looks at parameters next would see gathered copies.
+        if self._root is not None:
+            reshard(self._root)
+        return output
 
     @property
     @override

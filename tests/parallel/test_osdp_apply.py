@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_hetu.models import GPTLightningModule
 from lightning_hetu.parallel.clip import clip_gradients_by_norm
 from lightning_hetu.parallel.materialize import check_can_be_materialized
-from lightning_hetu.parallel.osdp.apply import apply_osdp, plain_parameters, set_last_micro_step
+from lightning_hetu.parallel.osdp.apply import apply_osdp, check_parameters, plain_parameters, set_last_micro_step
 from lightning_hetu.parallel.osdp.discover import ROOT, Unit, find_units
 from lightning_hetu.parallel.osdp.engine import reduce_plain_gradients
 from lightning_hetu.planning.osdp import Operator, OperatorCosts, OperatorPlan, OSDPPlan, Ring
@@ -264,3 +264,59 @@ def test_modules_without_initial_weights_are_named() -> None:
         model = Odd()
     with pytest.raises(ValueError, match="the module is on the meta device, and Odd has no reset_parameters"):
         check_can_be_materialized(model)
+
+
+class Momentum(nn.Module):
+    """Changes a parameter in its step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(4, 4), nn.Linear(4, 4).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.k.weight.mul_(0.9).add_(self.q.weight, alpha=0.1)
+        return self.q(x) + self.k(x)
+
+
+class Aliased(nn.Module):
+    """Keeps a parameter in a list of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(5, 4)
+        self.tables = [self.emb.weight]
+
+
+class EvaluatedOnly(nn.Module):
+    """Ties a weight to a module that the step does not call, and reads the dtype of a layer's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enc, self.dec, self.out = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.dec.weight = self.enc.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.enc(x).to(self.out.weight.dtype))
+
+
+def test_what_shards_would_lose_is_refused() -> None:
+    """Writes inside of the step, gradient hooks, parameters held elsewhere: one line each that names them."""
+    moving, x = Momentum(), torch.ones(2, 4)
+    with pytest.raises(ValueError, match="parameter 'k.weight' is changed inside of the step"):
+        find_units(moving, lambda: moving(x))
+    hooked = nn.Sequential(nn.Linear(4, 4))
+    hooked[0].weight.register_hook(lambda gradient: gradient * 0)
+    with pytest.raises(ValueError, match="parameter '0.weight' has a gradient hook"):
+        check_parameters(hooked)
+    with pytest.raises(ValueError, match="attribute 'tables' of the module holds parameter 'emb.weight'"):
+        check_parameters(Aliased())
+    check_parameters(nn.Sequential(nn.LSTM(4, 4), Odd()))
+
+
+def test_ties_and_reads_outside_of_the_step() -> None:
+    """A weight that evaluation uses elsewhere stays tied; a layer whose weight is asked for its dtype is not cut."""
+    model, x = EvaluatedOnly(), torch.ones(2, 4)
+    found = {unit.name: unit for unit in find_units(model, lambda: model(x))}
+    assert "enc.weight" in found[ROOT].parameters
+    assert not found["out"].leaf

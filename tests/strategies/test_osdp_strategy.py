@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging
 
 from lightning_hetu.parallel.consolidate import consolidate
 from lightning_hetu.strategies.osdp import OSDPStrategy
-from tests.strategies._runs import MODULES, osdp_plan_of, plan_of, train
+from tests.strategies._runs import MODULES, Losses, loader, osdp_plan_of, plan_of, train
 from tests.strategies.test_auto import same
 
 
@@ -140,3 +140,46 @@ def test_plans_that_cannot_be_run_are_refused(ranks: Any, tmp_path: Any) -> None
         "StochasticWeightAveraging averages whole parameters, which no process has here",
     ]
     assert all("\n" not in message for message in messages)
+
+
+def fit_again(rank: int, modes: str | None) -> list[list[float]]:
+    """Losses of two fits with validations between, without checkpoints; ``modes=None`` is one device."""
+    from lightning.pytorch import Trainer, seed_everything
+
+    seed_everything(1, verbose=False)
+    module, found = MODULES["gpt"](), []
+    settings: dict[str, Any] = {"devices": 1}
+    if modes is not None:
+        strategy = OSDPStrategy(plan=osdp_plan_of(modes, 2))
+        settings = {"devices": 2, "strategy": strategy}
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    for _ in range(2):
+        losses = Losses()
+        trainer = Trainer(
+            accelerator="cpu", max_epochs=1, enable_checkpointing=False, callbacks=[losses], **quiet, **settings
+        )
+        if modes is not None:
+            settings["strategy"] = trainer.strategy
+        trainer.fit(module, loader(shuffle=False, drop_last=True), loader(32, 1))
+        trainer.test(module, loader(32, 2), verbose=False)
+        found.append(losses.values)
+        if modes is not None:
+            break
+    if modes is not None:
+        trainer.fit_loop.max_epochs = 2
+        again = Losses()
+        trainer.callbacks = [again]
+        trainer.fit(module, loader(shuffle=False, drop_last=True), loader(32, 1))
+        found.append(again.values)
+    return found
+
+
+def test_fit_again_after_evaluation(ranks: Any) -> None:
+    """An evaluation leaves the real parameters in their places, not gathered copies of them."""
+
+    first, second = fit_again(0, None)
+    for modes in ("z2 dp", "zdp z2 dp"):
+        found = ranks(2).run(fit_again, modes)[0]
+        assert found[0] == pytest.approx(first, rel=1e-5)
+        assert found[1][0] == pytest.approx(second[0], rel=1e-4), "the second fit begins with the trained weights"
+        assert found[1][-1] < found[1][0]

@@ -58,7 +58,10 @@ def apply_osdp(
         operator, policy = decided[unit.name], precision_policy(unit)
         meta = {parameter for parameter in members[unit.name] if parameter.is_meta}
         new = materialize(module, meta, device) if meta else {}
-        own = {new.get(parameter, parameter) for parameter in members[unit.name]}
+        if new:  # a shared one belongs to another unit too
+            members = {name: {new.get(p, p) for p in whole} for name, whole in members.items()}
+            everything = {new.get(parameter, parameter) for parameter in everything}
+        own = members[unit.name]
         ignored = (everything - members[unit.name]) | {parameter for parameter in own if _is_plain(parameter)}
         if unit.name == ROOT:
             _wrap(wrapper, operator.mode, mesh, policy, ignored)
@@ -96,6 +99,41 @@ def check_plan(units: Sequence[Unit], plan: OSDPPlan) -> None:
             )
         if operator.slices > 1 and not unit.leaf:
             raise ValueError(f"plan.operators: {operator.slices} slices of {unit.name!r}: it cannot be cut.")
+
+
+def check_parameters(module: nn.Module) -> None:
+    """Refuses what would be lost when parameters are replaced by their shards.
+
+    Raises:
+        ValueError: It names the parameter.
+    """
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    for name, parameter in module.named_parameters():
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            raise ValueError(
+                f"parameter {name!r} has a gradient hook, which its shards would not have: change gradients in"
+                " on_before_optimizer_step."
+            )
+    for name, part in module.named_modules():
+        if isinstance(part, nn.RNNBase):  # they keep a list of their own, and renew it
+            continue
+        for attribute, value in vars(part).items():
+            if attribute in ("_parameters", "_modules", "_buffers"):
+                continue
+            values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+            found = next((item for item in (value, *values) if id(item) in names), None)
+            if found is not None:
+                raise ValueError(
+                    f"attribute {attribute!r} of {name or 'the module'} holds parameter {names[id(found)]!r}, and would"
+                    " hold on to it when it is sharded: look it up when it is needed, or use nn.ParameterList."
+                )
+
+
+def reshard(root: nn.Module) -> None:
+    """Frees what an evaluation has gathered, so that the parameters of the module are the real ones again."""
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def plain_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:

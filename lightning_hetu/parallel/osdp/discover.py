@@ -30,6 +30,10 @@ _HALF_PRODUCTS = {
     F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, torch.addmm,
     torch.baddbmm, torch.bmm, torch.matmul, torch.mm, Tensor.__matmul__, Tensor.__rmatmul__, Tensor.matmul, Tensor.mm,
 }  # fmt: skip
+_WRITES = {
+    "copy_", "mul_", "add_", "sub_", "div_", "lerp_", "zero_", "fill_", "set_", "clamp_", "addcmul_", "addcdiv_",
+    "normal_", "uniform_", "__imul__", "__iadd__", "__isub__", "__itruediv__",
+}  # fmt: skip
 _READS_VALUES = {"item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__"}
 
 
@@ -62,7 +66,7 @@ def find_units(root: nn.Module, run: Callable[[], Any], *, whole: Collection[str
         whole: Names of classes whose modules are not to be looked into: all parameters below are one unit.
 
     Raises:
-        ValueError: If a name in ``whole`` is the class of no module.
+        ValueError: If a name in ``whole`` is the class of no module, or the step changes a parameter.
     """
     kinds = {type(module).__name__ for module in root.modules()}
     for kind in whole:
@@ -84,7 +88,8 @@ def find_units(root: nn.Module, run: Callable[[], Any], *, whole: Collection[str
         members = {id(root.get_parameter(parameter)) for parameter in parameters}
         halves = {calls.half.get(key) for key in members}
         half = halves.pop() if len(halves) == 1 else None
-        units.append(Unit(name, tuple(parameters), type(module).__name__, own == members == direct, half))
+        leaf = own == members == direct and members.isdisjoint(calls.asked)
+        units.append(Unit(name, tuple(parameters), type(module).__name__, leaf, half))
     return tuple(sorted(units, key=lambda unit: order.get(unit.name, len(order))))
 
 
@@ -104,7 +109,9 @@ class _Calls(TorchFunctionMode):
         self.chains: dict[int, list[tuple[str, ...]]] = {}
         """For every parameter, by its identity, the modules around each of its uses, outermost first."""
         self.half: dict[int, torch.dtype | None] = {}
-        self._known = {id(parameter) for parameter in root.parameters()}
+        self.asked: set[int] = set()
+        """Parameters whose dtype, device or shape others than their own module ask for."""
+        self._known = {id(parameter): name for name, parameter in root.named_parameters()}
 
     def watch(self, run: Callable[[], Any]) -> None:
         """Runs a step under observation."""
@@ -133,16 +140,24 @@ class _Calls(TorchFunctionMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         used = [id(leaf) for leaf in tree_leaves((args, kwargs)) if id(leaf) in self._known]
+        name = getattr(func, "__name__", "")
+        # Assigning to `.data` is a call of that descriptor.
+        writes = name in _WRITES or (name == "__set__" and getattr(func.__self__, "__name__", "") == "data")
+        if used and writes and id(args[0]) in self._known:
+            raise ValueError(
+                f"parameter {self._known[id(args[0])]!r} is changed inside of the step, where it is a copy that is"
+                " thrown away: change it in on_train_batch_end."
+            )
         # Shapes and dtypes of a parameter may be asked for anywhere.
-        if used and (
-            getattr(func, "__name__", "") in _READS_VALUES or any(isinstance(x, Tensor) for x in tree_leaves(result))
-        ):
+        if used and (name in _READS_VALUES or any(isinstance(x, Tensor) for x in tree_leaves(result))):
             chain, half = tuple(self.stack), self._half(func, result)
             for key in used:
                 chains = self.chains.setdefault(key, [])
                 if chain not in chains:
                     chains.append(chain)
                 self.half[key] = half if self.half.get(key, half) == half else None
+        else:
+            self.asked.update(key for key in used if self._known[key].rpartition(".")[0] != self.stack[-1])
         return result
 
     @staticmethod
@@ -167,12 +182,17 @@ def _owners(root: nn.Module, calls: _Calls, whole: frozenset[str]) -> dict[str, 
     direct: dict[str, list[str]] = {}
     for parameter, _ in root.named_parameters():
         direct.setdefault(parameter.rpartition(".")[0], []).append(parameter)
+    holders: dict[int, set[str]] = {}
+    for alias, tensor in root.named_parameters(remove_duplicate=False):
+        holders.setdefault(id(tensor), set()).add(alias.rpartition(".")[0])
     for holder, parameters in direct.items():
         chains = [chain for name in parameters for chain in calls.chains.get(id(root.get_parameter(name)), ())]
-        if not chains:
-            owner = holder or ROOT  # never used: never gathered either
-        else:
-            owner = next(name for name in calls.around(chains) if _contains(name, holder) and _outside(name, tops))
+        tied = {other for name in parameters for other in holders[id(root.get_parameter(name))]}
+        if chains:
+            around = [name for name in calls.around(chains) if all(_contains(name, other) for other in tied)]
+            owner = next(name for name in around if _outside(name, tops))
+        else:  # never used, and never gathered either
+            owner = holder if holder and len(tied) == 1 else ROOT
         found |= dict.fromkeys(parameters, owner)
     return found
 
