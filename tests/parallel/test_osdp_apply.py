@@ -30,9 +30,10 @@ class Adapted(nn.Module):
         super().__init__()
         self.base = nn.Linear(size, size).requires_grad_(False)
         self.down, self.up = nn.Linear(size, 2, bias=False), nn.Linear(2, size, bias=False)
+        self.strength = nn.Parameter(torch.tensor(1.3))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + self.up(self.down(x))
+        return self.base(x) + self.strength * self.up(self.down(x))
 
 
 class Odd(nn.Module):

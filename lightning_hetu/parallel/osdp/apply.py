@@ -50,19 +50,22 @@ def apply_osdp(
     device = torch.device(mesh.device_type)  # of several GPUs, the current one
     decided = {operator.name: operator for operator in plan.operators}
     members = {unit.name: _parameters_of(module, unit) for unit in units}
-    everything = {parameter for own in members.values() for parameter in own}
+    plain: set[nn.Parameter] = set()
     wrapper = ModuleRoot(module)
     # From the inside out: what is wrapped already is left out by the next one. Units on the meta device get memory only
     # now, one after another, so that never more than one of them is whole.
     for unit in sorted(units, key=lambda unit: -_depth(unit.name)):
         operator, policy = decided[unit.name], precision_policy(unit)
         meta = {parameter for parameter in members[unit.name] if parameter.is_meta}
-        new = materialize(module, meta, device) if meta else {}
-        if new:  # a shared one belongs to another unit too
+        if meta:
+            new = materialize(module, meta, device)
+            # A shared one belongs to another unit too.
             members = {name: {new.get(p, p) for p in whole} for name, whole in members.items()}
-            everything = {new.get(parameter, parameter) for parameter in everything}
-        own = members[unit.name]
-        ignored = (everything - members[unit.name]) | {parameter for parameter in own if _is_plain(parameter)}
+            del new
+        own = members.pop(unit.name)
+        plain |= {parameter for parameter in own if _is_plain(parameter)}
+        ignored = plain.union(*members.values())
+        del meta, own  # what holds on to whole parameters keeps their memory
         if unit.name == ROOT:
             _wrap(wrapper, operator.mode, mesh, policy, ignored)
         elif operator.slices > 1:
