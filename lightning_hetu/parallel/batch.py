@@ -66,6 +66,11 @@ def batch_samples(batch: Any) -> int:
     return sizes.most_common(1)[0][0]
 
 
+def first_rows(values: Any, samples: int, count: int) -> Any:
+    """The first ``count`` of ``samples`` rows of all tensors in a nesting; those of other sizes stay as they are."""
+    return tree_map_only(Tensor, lambda x: x[:count] if x.ndim and x.shape[0] == samples else x, values)
+
+
 def microbatches_of(values: Any, samples: int, count: int) -> list[Any]:
     """The values of each microbatch; tensors without the batch in dimension 0 go to all of them.
 

@@ -11,9 +11,9 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
-from lightning_hetu.parallel.batch import batch_samples
+from lightning_hetu.parallel.batch import batch_samples, first_rows
 from lightning_hetu.parallel.forward_trace import trace_structure
 from lightning_hetu.parallel.pipeline_mixin import runs_own_forward, uses_pipeline
 from lightning_hetu.parallel.structure import find_structure
@@ -157,7 +157,7 @@ def plan_offline(
         structure = trace_structure(module, inputs, request.blocks)
     else:
         structure = find_structure(module, request.blocks)
-    inputs, target = (_rows(value, samples, min(samples, _ESTIMATED_SAMPLES)) for value in (inputs, target))
+    inputs, target = (first_rows(value, samples, min(samples, _ESTIMATED_SAMPLES)) for value in (inputs, target))
     tokens = _tokens(inputs)
     plugin = trainer.strategy.precision_plugin
     precision = cast(Precision, plugin.precision)
@@ -205,11 +205,6 @@ def first_batch(module: LightningModule, datamodule: LightningDataModule | None)
     if batch is None:
         raise ValueError("the training dataloader yields no batch: there is nothing to plan for.")
     return batch
-
-
-def _rows(values: Any, samples: int, count: int) -> Any:
-    """The first samples of all tensors in a nesting."""
-    return tree_map_only(Tensor, lambda x: x[:count] if x.ndim and x.shape[0] == samples else x, values)
 
 
 def _tokens(inputs: Any) -> int | None:

@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
-from lightning_hetu.parallel.batch import batch_samples
+from lightning_hetu.parallel.batch import batch_samples, first_rows
 from lightning_hetu.planning import cluster_preset, device_preset, format_bytes
 from lightning_hetu.planning.osdp import HostLink, OSDPInfeasibleError, OSDPPlan
 from lightning_hetu.planning.osdp.fsdp2 import NCCL
@@ -21,7 +21,6 @@ from lightning_hetu.strategies import _lightning_compat as compat
 from lightning_hetu.strategies._offline import Target, first_batch
 from lightning_hetu.strategies._osdp_planner import (
     OSDPRequest,
-    first_rows,
     model_units,
     profile_units,
     search_plan,
@@ -78,7 +77,7 @@ def plan_osdp_offline(
                 f"cluster={target.name}: a training batch of {samples} samples does not divide over {ranks} devices:"
                 f" give the data a batch_size that is a multiple of {ranks}."
             )
-        rows = first_rows(batch, samples // ranks)
+        rows = first_rows(batch, samples, samples // ranks)
         comm = HostLink(cluster, 1 / HOST_BANDWIDTH) if "off" in request.modes else cluster
         with compat.silent_logging(module), ProgressBar(f"searching a plan for {target.name}") as bar:
             bar(0, 2, "activations")

@@ -15,9 +15,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map_only
 
-from lightning_hetu.parallel.batch import batch_samples
+from lightning_hetu.parallel.batch import batch_samples, first_rows
 from lightning_hetu.parallel.forward_trace import fake_batch, fake_copy
 from lightning_hetu.parallel.materialize import on_meta
 from lightning_hetu.parallel.osdp.discover import Unit, find_units
@@ -36,7 +35,7 @@ from lightning_hetu.profiling._measure import Stopwatch
 from lightning_hetu.profiling.operators import profile_operators
 from lightning_hetu.profiling.step_time import StepSeconds, time_step
 from lightning_hetu.strategies import _lightning_compat as compat
-from lightning_hetu.strategies._planner import example_batch, loss_of_step
+from lightning_hetu.strategies._planner import example_batch, given_plan, loss_of_step
 
 if TYPE_CHECKING:
     from lightning_hetu.strategies.osdp import OSDPStrategy
@@ -119,7 +118,7 @@ def model_units(
                 return find_units(copied, partial(run, copied, rows), whole=request.whole)
         except _DATA_DEPENDENT:
             module.to(device)
-            rows = trainer.strategy.batch_to_device(first_rows(batch, 1), device)
+            rows = trainer.strategy.batch_to_device(first_rows(batch, batch_samples(batch), 1), device)
             with untouched(module, device):
                 return find_units(module, partial(run, module, rows), whole=request.whole)
 
@@ -139,13 +138,9 @@ def make_plan(
     request: OSDPRequest, trainer: Trainer, module: LightningModule, units: tuple[Unit, ...], strategy: OSDPStrategy
 ) -> OSDPPlan:
     """The plan that was given, or the best one found; the same on every rank."""
-    if isinstance(request.plan, OSDPPlan):
-        return request.plan
-    if str(request.plan) != "auto":
-        try:
-            return OSDPPlan.load(request.plan)
-        except OSError as error:
-            raise ValueError(f"plan={str(request.plan)!r} cannot be read: {error.strerror}.") from error
+    given = given_plan(request.plan, OSDPPlan)
+    if given is not None:
+        return given
     if not strategy.cuts_batches:
         raise ValueError(
             "use_distributed_sampler=False with plan='auto': how many samples a rank gets is then not known before"
@@ -159,7 +154,7 @@ def make_plan(
             f"a training batch of {samples} samples does not divide over {ranks} devices: give the dataloader a"
             f" batch_size that is a multiple of {ranks}."
         )
-    rows = first_rows(batch, samples // ranks)
+    rows = first_rows(batch, samples, samples // ranks)
     cache = ProfileCache.from_option(request.profile_cache)
     with ProgressBar("profiling devices") as bar:
         measure_cluster = partial(profile_cluster, device, progress=bar)
@@ -210,12 +205,6 @@ def step_loss(trainer: Trainer, module: Any, batch: Any) -> Tensor:
     module.trainer = trainer  # a copy of a LightningModule has none
     with trainer.strategy.precision_plugin.forward_context():
         return loss_of_step(module, batch)
-
-
-def first_rows(batch: Any, count: int) -> Any:
-    """The first samples of a batch."""
-    samples = batch_samples(batch)
-    return tree_map_only(Tensor, lambda x: x[:count] if x.ndim and x.shape[0] == samples else x, batch)
 
 
 def profile_units(

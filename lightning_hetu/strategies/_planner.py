@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -20,6 +20,7 @@ from lightning_hetu.parallel.pipeline_mixin import PipelineMixin, runs_own_forwa
 from lightning_hetu.parallel.structure import ModelStructure, find_structure
 from lightning_hetu.planning import ClusterSpec, HetuConstants, HybridPlan, LayerStrategy, ModelProfile, search
 from lightning_hetu.planning.breakdown import breakdown
+from lightning_hetu.planning.osdp import OSDPPlan
 from lightning_hetu.planning.profile import Precision
 from lightning_hetu.planning.search_space import Pins
 from lightning_hetu.planning.units import parse_bytes
@@ -214,6 +215,25 @@ def make_profiles(
         return cache.model(key, measure_model), cluster, samples
 
 
+GivenPlan = TypeVar("GivenPlan", HybridPlan, OSDPPlan)
+
+
+def given_plan(plan: GivenPlan | str | Path, kind: type[GivenPlan]) -> GivenPlan | None:
+    """The plan that the user gave, itself or as a file; ``None`` for ``"auto"``.
+
+    Raises:
+        ValueError: If the file cannot be read or holds no such plan.
+    """
+    if isinstance(plan, kind):
+        return plan
+    if str(plan) == "auto":
+        return None
+    try:
+        return kind.load(str(plan))
+    except OSError as error:
+        raise ValueError(f"plan={str(plan)!r} cannot be read: {error.strerror}.") from error
+
+
 def make_plan(
     request: PlanRequest,
     trainer: Trainer,
@@ -222,13 +242,9 @@ def make_plan(
     strategy: AutoHybridParallelStrategy,
 ) -> HybridPlan:
     """The plan that was given, or the best one found; the same object on every rank."""
-    if isinstance(request.plan, HybridPlan):
-        return request.plan
-    if str(request.plan) != "auto":
-        try:
-            return HybridPlan.load(request.plan)
-        except OSError as error:
-            raise ValueError(f"plan={str(request.plan)!r} cannot be read: {error.strerror}.") from error
+    given = given_plan(request.plan, HybridPlan)
+    if given is not None:
+        return given
     if not strategy.cuts_batches:
         raise ValueError(
             "use_distributed_sampler=False with plan='auto': a loader then yields the rows of one rank, and they depend"
