@@ -1,4 +1,4 @@
-"""Measures which constants of FSDP2's memory hold for this torch, device and process group.
+"""Measures which constants of FSDP2's memory hold for this torch, device and process group, and what its calls take.
 
 What :mod:`lightning_hetu.planning.osdp.fsdp2` assumes was read in one version of torch. A probe of two sizes tells what
 a step really allocates per byte of a layer, without what does not depend on the size; where that is not what the played
@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 import torch.distributed as dist
@@ -21,9 +22,12 @@ from lightning_hetu.parallel.osdp.apply import apply_osdp
 from lightning_hetu.parallel.osdp.discover import Unit
 from lightning_hetu.planning.osdp import OperatorPlan, OSDPPlan
 from lightning_hetu.planning.osdp.fsdp2 import Runtime
+from lightning_hetu.planning.osdp.links import CollectiveSeconds
 from lightning_hetu.planning.osdp.timeline import StepSettings, play_step
+from lightning_hetu.profiling._measure import Stopwatch
 from lightning_hetu.profiling.memory import MemoryMeter
 from lightning_hetu.profiling.operators import profile_operators
+from lightning_hetu.profiling.step_time import time_step
 
 _log = logging.getLogger(__name__)
 
@@ -87,6 +91,36 @@ def calibrate(
             shown,
         )
     return found
+
+
+def call_overhead(mesh: DeviceMesh, comm: CollectiveSeconds, *, repeats: int = 7) -> float:
+    """Seconds that a collective of FSDP2 takes beyond what ``comm`` says: hooks, copies, and starting it.
+
+    To be called by all ranks. Found by steps of a small model, with everything sharded and with nothing. Where the
+    device works on its own this is hidden behind its work, unless that is as small as the probe's.
+
+    Args:
+        mesh: One-dimensional mesh of the data-parallel ranks.
+        comm: What knows how long collectives take.
+        repeats: Timed steps.
+    """
+    device, ranks = _device(mesh), mesh.size()
+    if ranks == 1:
+        return 0.0
+    model, units, run = _model(_WIDTHS[0])
+    plan = OSDPPlan(ranks, tuple(OperatorPlan(unit.name, (("zdp", 1),)) for unit in units))
+    batch = torch.ones(1, _WIDTHS[0], device=device)
+    plain = time_step(model.to(device), run, batch, device, repeats=repeats)
+    root = apply_osdp(model, units, plan, mesh)
+    watch, found = Stopwatch(device), []
+    for _ in range(repeats + 2):  # in the first ones FSDP2 prepares itself
+        dist.barrier(mesh.get_group())
+        watch.start()
+        run(root, batch).backward()  # type: ignore[no-untyped-call]
+        found.append(watch.stop())
+    size = 4 * _WIDTHS[0] ** 2
+    known = 2 * comm.seconds("all_gather", ranks, size) + comm.seconds("reduce_scatter", ranks, size)
+    return max((median(found[2:]) - sum(plain)) / _LAYERS - known, 0.0) / 3
 
 
 def _measure_runtime(mesh: DeviceMesh, optimizer: Callable[[list[Tensor]], torch.optim.Optimizer]) -> Runtime:

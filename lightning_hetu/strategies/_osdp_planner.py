@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 
 from lightning_hetu.parallel.batch import batch_samples, first_rows
@@ -22,7 +23,15 @@ from lightning_hetu.parallel.materialize import on_meta
 from lightning_hetu.parallel.osdp.discover import Unit, find_units
 from lightning_hetu.parallel.osdp.split import cuts_of
 from lightning_hetu.parallel.transformers_compat import forget_fake_tensors
-from lightning_hetu.planning.osdp import HostLink, OperatorPlan, OSDPInfeasibleError, OSDPPlan, solve, solve_batch
+from lightning_hetu.planning.osdp import (
+    CallOverhead,
+    HostLink,
+    OperatorPlan,
+    OSDPInfeasibleError,
+    OSDPPlan,
+    solve,
+    solve_batch,
+)
 from lightning_hetu.planning.osdp.costs import Accumulation, mode_ranks
 from lightning_hetu.planning.osdp.fsdp2 import GLOO, NCCL, Runtime
 from lightning_hetu.planning.osdp.links import CollectiveSeconds
@@ -32,6 +41,7 @@ from lightning_hetu.planning.units import parse_bytes
 from lightning_hetu.profiling import ProfileCache, ProgressBar, cluster_key, optimizer_state_bytes, profile_cluster
 from lightning_hetu.profiling._isolation import untouched
 from lightning_hetu.profiling._measure import Stopwatch
+from lightning_hetu.profiling.fsdp2_probe import call_overhead
 from lightning_hetu.profiling.operators import profile_operators
 from lightning_hetu.profiling.step_time import StepSeconds, time_step
 from lightning_hetu.strategies import _lightning_compat as compat
@@ -167,13 +177,19 @@ def make_plan(
     if whole is not None and request.max_slices > 1:
         rank_zero_info(f"{whole} may look at whole parameters, so no operator is cut into slices")
         request = replace(request, max_slices=1)
+    overhead = 0.0
+    if device.type == "cpu" and ranks > 1:  # elsewhere the host works ahead of the device
+        overhead = call_overhead(init_device_mesh(device.type, (ranks,)), cluster)
     seconds = None
     if not on_meta(module):  # where there are no weights yet, seconds of computation stay unknown
         with compat.silent_logging(module):
             seconds = time_step(module, run, strategy.batch_to_device(rows, device), device)
     outcome: Any = None
     if strategy.global_rank == 0:
-        comm = HostLink(cluster, _host_seconds_per_byte(device)) if "off" in request.modes else cluster
+        comm: CollectiveSeconds = cluster
+        if "off" in request.modes:
+            comm = HostLink(cluster, _host_seconds_per_byte(device))
+        comm = CallOverhead(comm, overhead)
         try:
             with compat.silent_logging(module), ProgressBar("searching a plan") as bar:
                 bar(0, 2, "activations")

@@ -32,24 +32,26 @@ from lightning_hetu.parallel.osdp.apply import apply_osdp, set_last_micro_step
 from lightning_hetu.parallel.osdp.discover import Unit, find_units
 from lightning_hetu.parallel.osdp.split import cuts_of
 from lightning_hetu.planning.drawing import Area, Box, Dashes, Picture, Shape, Words
-from lightning_hetu.planning.osdp import OSDPPlan, Ring, solve
+from lightning_hetu.planning.osdp import CallOverhead, OSDPInfeasibleError, OSDPPlan, Ring, solve
+from lightning_hetu.planning.osdp.links import CollectiveSeconds
 from lightning_hetu.planning.osdp.timeline import StepProfile
 from lightning_hetu.planning.units import format_bytes
 from lightning_hetu.profiling import MemoryMeter
+from lightning_hetu.profiling.fsdp2_probe import call_overhead
 from lightning_hetu.profiling.operators import profile_operators
 from lightning_hetu.profiling.step_time import StepSeconds, time_step
 from lightning_hetu.strategies._osdp_planner import with_seconds
 from tests._ranks import RankPool
 
 RANKS, ACCUMULATE, BATCH, LENGTH, WORDS = 2, 3, 2, 32, 256
-LINK = Ring(seconds_per_byte=2e-8, latency=2e-4)
-"""50 MB/s: communication takes about as long as computation, as on many real clusters."""
+LINK = Ring(seconds_per_byte=5e-8, latency=5e-4)
+"""20 MB/s: communication takes longer than computation, and much longer than gloo itself."""
 LIMITS = 8
 
 
 def make_model() -> GPTLightningModule:
     torch.manual_seed(0)
-    return GPTLightningModule(vocab_size=WORDS, max_seq_len=LENGTH, num_layers=4, num_heads=4, dim=192)
+    return GPTLightningModule(vocab_size=WORDS, max_seq_len=LENGTH, num_layers=4, num_heads=4, dim=384)
 
 
 def batch_of(step: int) -> Tensor:
@@ -70,14 +72,13 @@ def profile(model: nn.Module, seconds: StepSeconds) -> StepProfile:
     return with_seconds(found, seconds)
 
 
-def plan(found: StepProfile, limit: int | None, modes: tuple[str, ...] = ("dp", "z2", "zdp")) -> OSDPPlan:
+def plan(found: StepProfile, limit: int | None, comm: CollectiveSeconds) -> OSDPPlan:
     return solve(
-        found.operators, limit, modes=modes, world_size=RANKS, comm=LINK, batch_size=BATCH, micro_steps=ACCUMULATE,
-        profile=found,
-    )  # fmt: skip
+        found.operators, limit, world_size=RANKS, comm=comm, batch_size=BATCH, micro_steps=ACCUMULATE, profile=found
+    )
 
 
-def uniform(found: StepProfile, *modes: str) -> OSDPPlan:
+def uniform(found: StepProfile, comm: CollectiveSeconds, *modes: str) -> OSDPPlan:
     """The modes in turn, whatever they cost."""
     rows = []
     for index, operator in enumerate(found.operators):
@@ -85,7 +86,7 @@ def uniform(found: StepProfile, *modes: str) -> OSDPPlan:
         wanted = "z2" if wanted in operator.excluded else wanted
         excluded = tuple(mode for mode in ("dp", "z2", "zdp") if mode != wanted)
         rows.append(replace(operator, max_slices=1, excluded=excluded))
-    return plan(replace(found, operators=tuple(rows)), None)
+    return plan(replace(found, operators=tuple(rows)), None, comm)
 
 
 @contextmanager
@@ -170,7 +171,9 @@ def _measure(item: OSDPPlan | None, steps: int) -> tuple[float, int]:
     states = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
     with MemoryMeter("cpu", tensors=[*root.parameters(), *root.buffers(), *states]) as meter:
         optimizer_step()
-    return median(seconds), meter.total
+    # The meter does not know the buckets that DistributedDataParallel has had from the start.
+    buckets = sum(parameter.nbytes for parameter in root.parameters()) if item is None else 0
+    return median(seconds), meter.total + buckets
 
 
 class _Step(nn.Module):
@@ -195,8 +198,10 @@ def _through(root: Any, batch: Tensor) -> Tensor:
         model.forward = forward
 
 
-def time_model(rank: int) -> StepSeconds:
-    return time_step(make_model(), run, batch_of(0), torch.device("cpu"), repeats=5)
+def time_model(rank: int) -> tuple[StepSeconds, float]:
+    """Seconds of a step without communication, and what every collective takes without the link."""
+    seconds = time_step(make_model(), run, batch_of(0), torch.device("cpu"), repeats=5)
+    return seconds, call_overhead(init_device_mesh("cpu", (RANKS,)), Ring(0.0))
 
 
 def main() -> None:
@@ -206,18 +211,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=9)
     options = parser.parse_args()
     pool = RankPool(RANKS)
-    seconds = StepSeconds(*map(max, zip(*pool.run(time_model), strict=True)))
-    found = profile(make_model(), seconds)
-    fastest, sharded = plan(found, None), uniform(found, "zdp")
-    smallest = _smallest(found)
-    limits = [smallest + (fastest.peak_memory - smallest) * i // (LIMITS - 1) for i in range(LIMITS)]
-    curve = [plan(found, limit) for limit in limits]
+    seconds, overheads = zip(*pool.run(time_model), strict=True)
+    comm = CallOverhead(LINK, max(overheads))
+    found = profile(make_model(), StepSeconds(*map(max, zip(*seconds, strict=True))))
+    fastest, smallest = plan(found, None, comm), _smallest(found, comm)
+    largest = max(fastest.peak_memory, uniform(found, comm, "dp").peak_memory)
+    limits = [smallest + (largest - smallest) * i // (LIMITS - 1) for i in range(LIMITS)]
+    curve = [plan(found, limit, comm) for limit in limits]
     fixed = {
-        "all sharded (FSDP2)": sharded,
-        "all gathered once (ZeRO-2)": uniform(found, "z2"),
-        "all replicated": uniform(found, "dp"),
-        "every other operator sharded": uniform(found, "zdp", "dp"),
-        "one third each": uniform(found, "zdp", "z2", "dp"),
+        "all sharded (FSDP2)": uniform(found, comm, "zdp"),
+        "all gathered once (ZeRO-2)": uniform(found, comm, "z2"),
+        "all replicated": uniform(found, comm, "dp"),
+        "every other operator sharded": uniform(found, comm, "zdp", "dp"),
+        "one third each": uniform(found, comm, "zdp", "z2", "dp"),
     }
     results = pool.run(measure, [*curve, *fixed.values(), None], options.steps, timeout=1800)
     measured = [(max(r[i][0] for r in results), max(r[i][1] for r in results)) for i in range(len(results[0]))]
@@ -232,7 +238,7 @@ def main() -> None:
         "device": f"{platform.machine()} CPU, {RANKS} gloo processes, every collective slowed to"
         f" {1 / LINK.seconds_per_byte / 1e6:g} MB/s and {LINK.latency * 1e6:g} us per hop",
         "torch": torch.__version__, "python": platform.python_version(), "date": date.today().isoformat(),
-        "micro_steps": ACCUMULATE, "osdp": rows, "others": others,
+        "micro_steps": ACCUMULATE, "seconds_per_call": comm.seconds_per_call, "osdp": rows, "others": others,
     }  # fmt: skip
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -241,11 +247,9 @@ def main() -> None:
     print(table(report))
 
 
-def _smallest(found: StepProfile) -> int:
-    from lightning_hetu.planning.osdp import OSDPInfeasibleError
-
+def _smallest(found: StepProfile, comm: CollectiveSeconds) -> int:
     try:
-        return plan(found, 1).peak_memory
+        return plan(found, 1, comm).peak_memory
     except OSDPInfeasibleError as error:
         return error.smallest_feasible_limit
 

@@ -12,12 +12,19 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_hetu.models import GPTLightningModule
-from lightning_hetu.parallel.clip import clip_gradients_by_norm
+from lightning_hetu.parallel.clip import clip_gradients_by_norm, squared_norm_of_offloaded
 from lightning_hetu.parallel.materialize import check_can_be_materialized
-from lightning_hetu.parallel.osdp.apply import apply_osdp, check_parameters, plain_parameters, set_last_micro_step
+from lightning_hetu.parallel.osdp.apply import (
+    apply_osdp,
+    check_parameters,
+    check_plan,
+    plain_parameters,
+    set_last_micro_step,
+)
 from lightning_hetu.parallel.osdp.discover import ROOT, Unit, find_units
 from lightning_hetu.parallel.osdp.engine import reduce_plain_gradients
 from lightning_hetu.planning.osdp import Operator, OperatorCosts, OperatorPlan, OSDPPlan, Ring
+from lightning_hetu.planning.osdp.buckets import with_buckets
 from lightning_hetu.profiling import MemoryMeter
 
 WIDTH, WORDS, LENGTH, BATCH = 24, 30, 6, 8
@@ -91,7 +98,10 @@ def planned(
         unused = unit.name == "unused"
         collectives = () if unused else costs.collectives(operator_of(model, unit), parts)
         rows.append(OperatorPlan(unit.name, parts, collectives=collectives))
-    return OSDPPlan(world, tuple(rows), micro_steps=accumulate, accumulation=accumulation, batch_size=BATCH // world)
+    plan = OSDPPlan(world, tuple(rows), micro_steps=accumulate, accumulation=accumulation, batch_size=BATCH // world)
+    # Small ones, so that there are several; LoRA's parts are in one with a module that another unit is inside of.
+    joinable = {unit.name for unit in units} - {ROOT, "unused"}
+    return with_buckets(plan, [operator_of(model, unit) for unit in units], joinable, costs.dtypes, 1500)
 
 
 class Collectives(TorchDispatchMode):
@@ -179,7 +189,12 @@ def _train(rank: int, world: int, modes: list[str], accumulate: int, accumulatio
 
 
 CASES = {
-    2: [(["dp", "z2", "zdp"], 4, "last", 50), (["zdp", "dp"], 2, "every", 4), (["z2", "zdp", "off"], 3, "hold", 4)],
+    2: [
+        (["dp", "z2", "zdp"], 4, "last", 50),
+        (["dp"], 2, "last", 4),
+        (["zdp", "dp"], 2, "every", 4),
+        (["z2", "zdp", "off"], 3, "hold", 4),
+    ],
     4: [(["zdp-2", "dp", "z2", "zdp", "off"], 4, "last", 50), (["z2", "dp", "zdp-2"], 2, "hold", 4)],
 }
 
@@ -196,6 +211,78 @@ def test_training_equals_one_process(ranks: Any, world: int) -> None:
         for name, weight in weights.items():
             torch.testing.assert_close(weight, wanted[2][name], rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
         assert found == expected, case
+
+
+class Skipping(nn.Module):
+    """Leaves its second layer out when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, skips: bool = False) -> Tensor:
+        x = self.first(x)
+        return self.third(x if skips else self.second(x))
+
+
+def train_around_skips(rank: int) -> tuple[list[float], list[float]]:
+    """Losses with evaluations and steps in between that leave a member of the bucket out, and those of one process."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    out = []
+    for parallel in (True, False):
+        torch.manual_seed(0)
+        model = root = Skipping()
+        units = find_units(model, lambda m=model: m(torch.ones(2, 4)))
+        if parallel:
+            rows = tuple(OperatorPlan(unit.name, (("dp", 1),), bucket="first") for unit in units)
+            root = apply_osdp(model, units, OSDPPlan(2, rows), init_device_mesh("cpu", (2,)))
+        optimizer = torch.optim.Adam(root.parameters(), lr=0.1)
+        losses = []
+        for step in range(4):
+            with torch.no_grad():
+                root(torch.ones(2, 4), skips=True)
+            loss = root(torch.full((2, 4), 1.0 + step), skips=step == 2).square().mean()
+            (loss / (2 if parallel else 1)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        out.append(losses)
+    return out[0], out[1]
+
+
+def test_members_of_a_bucket_may_be_left_out(ranks: Any) -> None:
+    """By an evaluation, or by a training step of all ranks; the next step is right again."""
+    for losses, wanted in ranks(2).run(train_around_skips):
+        assert losses == pytest.approx(wanted, rel=1e-6)
+
+
+def test_buckets_of_plans_are_checked() -> None:
+    """A bucket is for whole replicated operators of the model, in one dtype."""
+    model = Skipping()
+    units = find_units(model, lambda: model(torch.ones(2, 4)))
+    rows = tuple(OperatorPlan(unit.name, (("dp", 1),), bucket="fourth") for unit in units)
+    with pytest.raises(ValueError, match="bucket 'fourth' of 'first': they cannot be reduced together"):
+        check_plan(units, OSDPPlan(2, rows))
+    with pytest.raises(ValueError, match="operator 'x': bucket='y': only whole operators in mode dp have one"):
+        OperatorPlan("x", (("zdp", 1),), bucket="y")
+
+
+def norm_of_shards(rank: int) -> tuple[float, float]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2,))
+    torch.manual_seed(0)
+    whole = [torch.randn(5, 3), torch.randn(4), torch.randn(1, 2)]
+    placed = [distribute_tensor(x, mesh, [p]) for x, p in zip(whole, (Shard(0), Replicate(), Shard(0)), strict=True)]
+    return float(squared_norm_of_offloaded(placed)), float(sum(x.square().sum() for x in whole))
+
+
+def test_norm_of_offloaded_gradients(ranks: Any) -> None:
+    """Shards are added over ranks, copies are counted once, empty shards count nothing."""
+    for found, wanted in ranks(2).run(norm_of_shards):
+        assert found == pytest.approx(wanted, rel=1e-6)
 
 
 def test_units_of_odd_parameters() -> None:

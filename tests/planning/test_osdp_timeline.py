@@ -224,7 +224,7 @@ def test_plans_are_close_to_the_best_of_all(micro_steps: int, runtime: Runtime) 
     problem = fitted(profile, runtime, micro_steps=micro_steps)
     every = []
     for options in itertools.product(range(3), repeat=5):
-        plan = problem._played(problem._unplayed(options, 2))
+        plan = problem._played(problem._unplayed(options, 2), 0)
         every.append((plan.communication_seconds, plan.peak_memory))
     low, high = min(peak for _, peak in every), max(peak for _, peak in every)
     slower = []

@@ -18,7 +18,8 @@ from lightning_hetu.models.gpt import GPT, GPTConfig
 from lightning_hetu.parallel.clip import clip_gradients_by_norm
 from lightning_hetu.parallel.osdp.apply import apply_osdp, set_last_micro_step
 from lightning_hetu.parallel.osdp.discover import ROOT, Unit, find_units
-from lightning_hetu.planning.osdp import OperatorPlan, OSDPPlan
+from lightning_hetu.planning.osdp import Operator, OperatorPlan, OSDPPlan
+from lightning_hetu.planning.osdp.buckets import with_buckets
 from lightning_hetu.planning.osdp.timeline import StepProfile, StepSettings, Timeline, play_step
 from lightning_hetu.profiling import MemoryMeter
 from lightning_hetu.profiling.operators import profile_operators
@@ -30,7 +31,7 @@ SAMPLES = {"mlp": 256, "uneven": 64, "gpt": 4, "bert": 8, "vit": 8}
 
 
 class Case(NamedTuple):
-    """A model and how it is trained: modes of its units, in turn, or by name with slices."""
+    """A model and how it is trained: modes of its units, in turn, or by name with slices; bytes of buckets."""
 
     model: str
     modes: tuple[str, ...]
@@ -38,6 +39,7 @@ class Case(NamedTuple):
     accumulation: str = "last"
     half: bool = False
     clip: bool = False
+    bucket: int = 0
     sliced: tuple[tuple[str, tuple[tuple[str, int], ...], str], ...] = ()
 
 
@@ -85,7 +87,7 @@ def build(case: Case) -> tuple[nn.Module, Run, Any]:
     return model, step, batch
 
 
-def decide(case: Case, units: Sequence[Unit], world_size: int) -> OSDPPlan:
+def decide(case: Case, model: nn.Module, units: Sequence[Unit], world_size: int) -> OSDPPlan:
     """The plan of a case."""
     sliced = {name: (parts, cut) for name, parts, cut in case.sliced}
     operators = []
@@ -94,10 +96,15 @@ def decide(case: Case, units: Sequence[Unit], world_size: int) -> OSDPPlan:
         # The unit of the whole model cannot be replicated.
         parts, cut = sliced.get(unit.name, (((mode if (mode, unit.name) != ("dp", ROOT) else "z2", 1),), ""))
         operators.append(OperatorPlan(unit.name, parts, cut=cut))
-    return OSDPPlan(world_size, tuple(operators), micro_steps=case.micro_steps, accumulation=case.accumulation)  # type: ignore[arg-type]
+    plan = OSDPPlan(world_size, tuple(operators), micro_steps=case.micro_steps, accumulation=case.accumulation)  # type: ignore[arg-type]
+    whole = [Operator(unit.name, sum(model.get_parameter(name).numel() for name in unit.parameters)) for unit in units]
+    half = {unit.name for unit in units if unit.half is not None}
+    return with_buckets(
+        plan, whole, {op.name for op in whole}, lambda op: (2 if op.name in half else 4, 4), case.bucket
+    )
 
 
-def predict(case: Case, world_size: int, known: dict[Any, tuple[Sequence[Unit], StepProfile]]) -> Timeline:
+def predict(case: Case, world_size: int, known: dict[Any, tuple[nn.Module, Sequence[Unit], StepProfile]]) -> Timeline:
     """The timeline of a case; ``known`` keeps the profiles of models."""
     key = case.model, case.half, case.sliced
     if key not in known:
@@ -108,11 +115,12 @@ def predict(case: Case, world_size: int, known: dict[Any, tuple[Sequence[Unit], 
         profile = profile_operators(
             model, units, run, batch, SAMPLES[case.model], cuts=lambda module: modules.get(id(module), ())
         )
-        known[key] = units, profile
-    units, profile = known[key]
-    plan = decide(case, units, world_size)
+        known[key] = model, units, profile
+    model, units, profile = known[key]
+    plan = decide(case, model, units, world_size)
     settings = StepSettings(world_size, case.micro_steps, plan.accumulation, batch_size=SAMPLES[case.model])
-    return play_step(profile, {operator.name: operator.parts for operator in plan.operators}, settings)
+    parts = {operator.name: operator.parts for operator in plan.operators}
+    return play_step(profile, parts, settings, {row.name: row.bucket for row in plan.operators if row.bucket})
 
 
 def measure(rank: int, cases: Sequence[Case], steps: int) -> list[int]:
@@ -127,7 +135,7 @@ def measure(rank: int, cases: Sequence[Case], steps: int) -> list[int]:
 def _measure(case: Case, mesh: Any, steps: int) -> int:
     model, run, batch = build(case)
     units = find_units(model, lambda: run(model, batch))
-    plan = decide(case, units, mesh.size())
+    plan = decide(case, model, units, mesh.size())
     root = apply_osdp(model, units, plan, mesh)
     root.forward = lambda batch: run(root.module, batch)  # type: ignore[method-assign]
     optimizer = torch.optim.AdamW(root.parameters(), lr=1e-4)

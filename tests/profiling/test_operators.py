@@ -25,7 +25,8 @@ FEW = (
     Case("uneven", ("zdp", "dp", "off"), 2, "every"),
     Case("gpt", ("dp", "zdp", "z2"), half=True, clip=True),
     Case("bert", ("z2", "zdp"), 2, "hold"),
-    Case("vit", ("zdp", "dp")),
+    Case("vit", ("zdp", "dp"), bucket=300_000),
+    Case("bert", ("dp",), 3, clip=True, bucket=10**9),
 )
 
 
@@ -62,6 +63,9 @@ def test_peaks_of_all_mixes_are_predicted(ranks: Any, model: str, world_size: in
     cases = [Case(model, modes) for modes in mixes]
     cases += [Case(model, modes, 4, policies[i % 3], clip=True) for i, modes in enumerate(mixes)]
     cases += [Case(model, modes, (4, 1)[i % 2], half=True) for i, modes in enumerate(mixes)]
+    cases += [
+        Case(model, modes, 1 + i, bucket=(10**9, 300_000)[i % 2]) for i, modes in enumerate(mixes) if "dp" in modes
+    ]
     check(ranks, world_size, tuple(cases), 4)
 
 
@@ -220,6 +224,22 @@ def probe(rank: int) -> Any:
     from lightning_hetu.profiling.fsdp2_probe import calibrate
 
     return calibrate(init_device_mesh("cpu", (2,)), modes=("dp", "zdp"))
+
+
+def overhead(rank: int) -> tuple[float, float]:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from lightning_hetu.planning.osdp import Ring
+    from lightning_hetu.profiling.fsdp2_probe import call_overhead
+
+    mesh = init_device_mesh("cpu", (2,))
+    return call_overhead(mesh, Ring(0.0), repeats=3), call_overhead(mesh, Ring(0.0, latency=1e3), repeats=3)
+
+
+def test_overhead_of_calls(ranks: Any) -> None:
+    """What a call takes beyond what is known of it: something for a link that takes no time, nothing for a slow one."""
+    for unknown, known in ranks(2).run(overhead):
+        assert 1e-5 < unknown < 1.0 and known == 0
 
 
 @pytest.mark.slow

@@ -2,11 +2,14 @@
 
 ``dp`` is torch's ``replicate``, which shares FSDP2's runtime and keeps parameters on the same one-dimensional mesh;
 ``z2``, ``zdp`` and ``zdp-k`` are ``fully_shard`` with different ``reshard_after_forward``; ``off`` offloads the shard.
+The operators of a bucket are one group of several modules.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -52,6 +55,10 @@ def apply_osdp(
     members = {unit.name: _parameters_of(module, unit) for unit in units}
     plain: set[nn.Parameter] = set()
     wrapper = ModuleRoot(module)
+    buckets: dict[str, list[str]] = {}
+    for operator in plan.operators:
+        buckets.setdefault(operator.bucket, []).append(operator.name)
+    reached: defaultdict[str, set[str]] = defaultdict(set)
     # From the inside out: what is wrapped already is left out by the next one. Units on the meta device get memory only
     # now, one after another, so that never more than one of them is whole.
     for unit in sorted(units, key=lambda unit: -_depth(unit.name)):
@@ -62,24 +69,34 @@ def apply_osdp(
             # A shared one belongs to another unit too.
             members = {name: {new.get(p, p) for p in whole} for name, whole in members.items()}
             del new
-        own = members.pop(unit.name)
-        plain |= {parameter for parameter in own if _is_plain(parameter)}
+        plain |= {parameter for parameter in members[unit.name] if _is_plain(parameter)}
+        together = [unit.name]
+        if operator.bucket:
+            reached[operator.bucket].add(unit.name)
+            together = buckets[operator.bucket]
+            if len(reached[operator.bucket]) < len(together):
+                continue
+        for name in together:
+            del members[name]
         ignored = plain.union(*members.values())
-        del meta, own  # what holds on to whole parameters keeps their memory
+        del meta  # what holds on to whole parameters keeps their memory
         if unit.name == ROOT:
-            _wrap(wrapper, operator.mode, mesh, policy, ignored)
+            _wrap([wrapper], operator.mode, mesh, policy, ignored)
         elif operator.slices > 1:
             split_modules(module, {unit.name: (operator.slices, cast(Cut, operator.cut))})
             modes = [mode for mode, count in operator.parts for _ in range(count)]
             for part, mode in zip(cast(nn.ModuleList, module.get_submodule(unit.name).slices), modes, strict=True):
-                _wrap(part, mode, mesh, policy, ignored)
+                _wrap([part], mode, mesh, policy, ignored)
         else:
-            _wrap(module.get_submodule(unit.name), operator.mode, mesh, policy, ignored)
+            parts = [module.get_submodule(name) for name in together]
+            _wrap(parts, operator.mode, mesh, policy, ignored)
+            if len(parts) > 1:
+                wrapper.register_forward_pre_hook(partial(_forget_unfinished, parts[0]))
     if on_meta(module):
         materialize(module, (), device, rest=True)
     if ROOT not in decided:
         # It has no parameters, but ties the units into one context of FSDP2.
-        _wrap(wrapper, "z2", mesh, MixedPrecisionPolicy(), {p for _, p in plain_parameters(module)})
+        _wrap([wrapper], "z2", mesh, MixedPrecisionPolicy(), {p for _, p in plain_parameters(module)})
     return wrapper
 
 
@@ -99,6 +116,11 @@ def check_plan(units: Sequence[Unit], plan: OSDPPlan) -> None:
         if unit.name == ROOT and "dp" in operator.mode.split():
             raise ValueError(
                 f"plan.operators: mode 'dp' of {ROOT!r}: the unit of the whole model cannot be replicated."
+            )
+        first = next((other for other in units if other.name == operator.bucket), unit)
+        if operator.bucket and (operator.bucket not in ours or first.half != unit.half):
+            raise ValueError(
+                f"plan.operators: bucket {operator.bucket!r} of {unit.name!r}: they cannot be reduced together."
             )
         if operator.slices > 1 and not unit.leaf:
             raise ValueError(f"plan.operators: {operator.slices} slices of {unit.name!r}: it cannot be cut.")
@@ -168,13 +190,17 @@ def _depth(name: str) -> int:
 
 
 def _wrap(
-    module: nn.Module, mode: str, mesh: DeviceMesh, policy: MixedPrecisionPolicy, ignored: Collection[nn.Parameter]
+    modules: list[nn.Module],
+    mode: str,
+    mesh: DeviceMesh,
+    policy: MixedPrecisionPolicy,
+    ignored: Collection[nn.Parameter],
 ) -> None:
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy}
-    own = set(module.parameters())
+    own = {parameter for module in modules for parameter in module.parameters()}
     options["ignored_params"] = {parameter for parameter in ignored if parameter in own}
     if mode == "dp":
-        _replicate(module, **options)
+        _replicate(modules, **options)
     else:
         offload: OffloadPolicy = OffloadPolicy()
         if mode == "off":
@@ -182,16 +208,22 @@ def _wrap(
         reshard: bool | int = mode != "z2"
         if mode.startswith("zdp-"):
             reshard = int(mode.removeprefix("zdp-"))
-        fully_shard(module, reshard_after_forward=reshard, offload_policy=offload, **options)
-    sum_gradients(module)
-    module._hetu_mode = mode  # type: ignore[assignment]
+        fully_shard(modules, reshard_after_forward=reshard, offload_policy=offload, **options)
+    sum_gradients(modules[0])
+    modules[0]._hetu_mode = mode  # type: ignore[assignment]
 
 
-def _replicate(module: nn.Module, **options: Any) -> None:
+def _replicate(modules: list[nn.Module], **options: Any) -> None:
     # Not public yet; the same in torch 2.11 to 2.13.
     from torch.distributed._composable.replicate_with_fsdp import replicate
 
-    replicate(module, **options)
+    replicate(modules, **options)
+
+
+def _forget_unfinished(module: nn.Module, *_: Any) -> None:
+    """Modules of a bucket that a step without backward left out are not waited for in the next one."""
+    # Not public; torch does the same when a backward ends.
+    cast(Any, module)._get_fsdp_state()._modules_to_run_forward.clear()
 
 
 def set_last_micro_step(root: nn.Module, plan: OSDPPlan, *, last: bool) -> None:

@@ -14,7 +14,7 @@ this shows, and ``picture`` draws it.
 """
 
 from lightning_hetu.planning.osdp.costs import CollectiveCount, MemoryConstants, OperatorCosts
-from lightning_hetu.planning.osdp.links import HostLink, Ring
+from lightning_hetu.planning.osdp.links import CallOverhead, HostLink, Ring
 from lightning_hetu.planning.osdp.operator import Operator
 from lightning_hetu.planning.osdp.plan import OperatorPlan, OSDPPlan
 from lightning_hetu.planning.osdp.problem import OSDPInfeasibleError
@@ -23,6 +23,7 @@ from lightning_hetu.planning.osdp.timeline import StepProfile
 
 __all__ = [
     "CollectiveCount",
+    "CallOverhead",
     "HostLink",
     "MemoryConstants",
     "OSDPInfeasibleError",

@@ -175,6 +175,8 @@ class OperatorCosts:
         optimizer_values: Values that the optimizer keeps per trained parameter, in the parameter's dtype: 2 for Adam.
         constants: Buffers of the runtime.
         operator_dtypes: Bytes per gathered and per reduced element of the operators that have their own, by name.
+        bucket_bytes: Replicated operators reduce their gradients in buckets of so many bytes: each pays its share of
+            the reduction of one. ``None``: each reduces alone.
 
     Raises:
         ValueError: If a mode is unknown or a number is out of range.
@@ -190,9 +192,10 @@ class OperatorCosts:
     optimizer_values: float = 2.0
     constants: MemoryConstants = field(default_factory=MemoryConstants)
     operator_dtypes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    bucket_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("world_size", "micro_steps", "gather_bytes", "reduce_bytes"):
+        for name in ("world_size", "micro_steps", "gather_bytes", "reduce_bytes", "bucket_bytes"):
             value = getattr(self, name)
             if value is None and name.endswith("bytes"):
                 continue
@@ -269,7 +272,10 @@ class OperatorCosts:
         gather, reduce = self.dtypes(operator)
         reduced = reduce * size.in_mode(mode) if operator.trained else 0
         if mode == "dp":
-            return SliceSeconds(0.0, 0.0, self.comm.seconds("all_reduce", self.world_size, reduced))
+            whole = size.parameters == operator.parameters  # slices reduce alone
+            together = max(reduced, self.bucket_bytes or 0) if whole else reduced
+            seconds = self.comm.seconds("all_reduce", self.world_size, together)
+            return SliceSeconds(0.0, 0.0, seconds * reduced / together if together else 0.0)
         ranks = mode_ranks(mode, self.world_size)
         forward = self.comm.seconds("all_gather", self.world_size, gather * size.padded)
         backward = 0.0 if mode == "z2" else self.comm.seconds("all_gather", ranks, gather * size.padded)

@@ -13,16 +13,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
+from lightning_hetu.planning.osdp.buckets import BUCKET_BYTES, largest_replicated, with_buckets
 from lightning_hetu.planning.osdp.costs import MemoryConstants, Option, Part
 from lightning_hetu.planning.osdp.fsdp2 import Runtime
 from lightning_hetu.planning.osdp.plan import OSDPPlan
 from lightning_hetu.planning.osdp.problem import OSDPInfeasibleError, Problem
 from lightning_hetu.planning.osdp.solver import Item, Solution, solve_knapsack
 from lightning_hetu.planning.osdp.staircase import Choices, descend
-from lightning_hetu.planning.osdp.timeline import StepProfile, StepSettings, play_owners, play_step
+from lightning_hetu.planning.osdp.timeline import ROOT, StepProfile, StepSettings, play_owners, play_step
 from lightning_hetu.planning.units import format_bytes
 
 _LEVELS = 48
@@ -77,7 +79,7 @@ class FittedProblem:
         """How many times ``multiple`` samples surely fit; may be 0."""
 
         def fits(count: int) -> bool:
-            return any(plan.peak_memory <= limit for plan in self._small_plans(count * multiple, 1.0))
+            return any(plan.peak_memory <= limit for plan in self._small_plans(count * multiple, 1.0, limit))
 
         if not fits(1):
             return 0
@@ -96,15 +98,15 @@ class FittedProblem:
             OSDPInfeasibleError: If no plan fits.
         """
         share = time_limit / (_DEPTH + 4)
-        fastest = self._plan(None, batch_size, share, tolerance)
+        fastest = self._played(self.problem.solve(None, batch_size, share, tolerance), limit)
         if limit is None or fastest.peak_memory <= limit:
             return replace(fastest, memory_limit=limit)
-        tried = [*self._small_plans(batch_size, share), *self._descent(limit, batch_size)]
+        tried = [*self._small_plans(batch_size, share, limit), *self._descent(limit, batch_size)]
         low = self.problem.least() + self.problem.fixed(batch_size)
         high = max(replace(fastest, points=()).peak_memory, low)
         for _ in range(_DEPTH):
             middle = (low + high) // 2
-            tried.append(self._plan(middle, batch_size, share, tolerance))
+            tried.append(self._played(self.problem.solve(middle, batch_size, share, tolerance), limit))
             low, high = (middle, high) if tried[-1].peak_memory <= limit else (low, middle)
         fitting = [plan for plan in tried if plan.peak_memory <= limit]
         if not fitting:
@@ -120,7 +122,7 @@ class FittedProblem:
         plans = descend(self._choices(batch_size), _LEVELS)
 
         def played(number: int) -> OSDPPlan:
-            return self._played(self._unplayed(plans[number][0], batch_size))
+            return self._played(self._unplayed(plans[number][0], batch_size), limit)
 
         if len(plans) * len(self.problem.operators) <= _PLAYED:
             yield from (played(number) for number in range(len(plans)))
@@ -160,20 +162,38 @@ class FittedProblem:
     def _unplayed(self, options: Sequence[int], batch_size: int) -> OSDPPlan:
         return self.problem.plan(Solution(tuple(options), 0.0, 0.0, 0.0, "bounded"), None, batch_size)
 
-    def _plan(self, limit: int | None, batch_size: int, time_limit: float, tolerance: float) -> OSDPPlan:
-        return self._played(self.problem.solve(limit, batch_size, time_limit, tolerance))
+    def _played(self, plan: OSDPPlan, limit: int | None) -> OSDPPlan:
+        """The plan with its memory; its buckets are as large as the limit allows."""
+        settings, costs = self._settings(plan.batch_size), self.problem.costs
+        for size in (BUCKET_BYTES, largest_replicated(plan)):
+            joined = with_buckets(plan, self.problem.operators, self._joinable, costs.dtypes, size)
+            buckets = {row.name: row.bucket for row in joined.operators if row.bucket}
+            timeline = play_step(self.profile, _parts(plan), settings, buckets)
+            if not buckets or limit is None or timeline.peak <= limit:
+                break
+        return replace(joined, points=timeline.compact())
 
-    def _played(self, plan: OSDPPlan) -> OSDPPlan:
-        timeline = play_step(self.profile, _parts(plan), self._settings(plan.batch_size))
-        return replace(plan, points=timeline.compact())
+    @cached_property
+    def _joinable(self) -> frozenset[str]:
+        """Operators that run once, and get a gradient for each of their parameters."""
+        moments = self.profile.moments
+        called = {moment.unit for moment in moments if moment.kind == "enter"}
+        trained = {(moment.unit, moment.parameter) for moment in moments if moment.kind == "gradient"}
+        return frozenset(
+            operator.name
+            for operator in self.profile.operators
+            if operator.name in called - {ROOT}
+            and all((operator.name, index) in trained for index in range(len(operator.shapes) or 1))
+        )
 
-    def _small_plans(self, batch_size: int, time_limit: float) -> Iterator[OSDPPlan]:
+    def _small_plans(self, batch_size: int, time_limit: float, limit: int) -> Iterator[OSDPPlan]:
         """Plans with little memory, the same for every limit: that of the smallest sum, and those of one mode."""
-        yield self._plan(self.problem.least() + self.problem.fixed(batch_size), batch_size, time_limit, 0.0)
+        least = self.problem.least() + self.problem.fixed(batch_size)
+        yield self._played(self.problem.solve(least, batch_size, time_limit, 0.0), limit)
         for mode in self.problem.costs.modes:
             for wanted in (min, max):
                 options = [_uniform(row, mode, wanted) for row in self.problem.options]
-                yield self._played(self._unplayed(options, batch_size))
+                yield self._played(self._unplayed(options, batch_size), limit)
 
     def _gap(self, plan: OSDPPlan, limit: int, batch_size: int, time_limit: float) -> float:
         """How much faster any plan can be.
@@ -224,7 +244,7 @@ class FittedProblem:
         return FittedProblem(problem, replace(self.profile, operators=problem.operators), self.runtime)
 
     def _least(self, batch_size: int) -> int:
-        return min(plan.peak_memory for plan in self._small_plans(batch_size, 1.0))
+        return min(plan.peak_memory for plan in self._small_plans(batch_size, 1.0, 0))
 
 
 def _worth_a_look(options: Sequence[Option]) -> list[int]:

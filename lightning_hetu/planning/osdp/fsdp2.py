@@ -87,19 +87,22 @@ NCCL = Runtime(
 """CUDA with NCCL; the optimizer with ``foreach``, torch's choice there."""
 
 
+Key = tuple[str, int]
+
+
 @dataclass
 class Tensor:
     """One parameter of a group, in elements.
 
     Args:
-        index: Its position among the operator's shapes.
+        key: Name of its operator, and its position among the operator's shapes.
         whole: Its size.
         padded: Its size with the first dimension padded to a multiple of the ranks.
         local: What the first rank holds of it when sharded, without padding.
         trained: Whether it gets a gradient.
     """
 
-    index: int
+    key: Key
     whole: int
     padded: int
     local: int
@@ -180,6 +183,8 @@ class Group:
         gathered: Bytes per gathered element.
         reduced: Bytes per reduced element.
         owner: Number of the operator.
+        members: Names of its operators. As torch does for a group of several modules, it acts in front of the first
+            that is called and behind the last one.
     """
 
     def __init__(
@@ -192,12 +197,17 @@ class Group:
         gathered: int,
         reduced: int,
         owner: int = -1,
+        members: Sequence[str] = (),
     ) -> None:
         self.shared = shared
         self.owner = owner
+        self.members = tuple(members)
+        self.to_run: set[str] = set()
+        self.first = self.last = ""  # of the members in forward
         self.mode = mode
         self.kept = kept
         self.tensors = list(tensors)
+        self.known = {tensor.key: tensor for tensor in self.tensors}
         self.stored, self.gathered, self.reduced = stored, gathered, reduced
         self.ranks = 1 if mode == "dp" else shared.ranks
         self.host = mode == "off" and not shared.runtime.host_counts
@@ -205,8 +215,8 @@ class Group:
         self.training: Literal["idle", "forward", "before", "after"] = "idle"
         self.pending: int | None = None  # flat buffer of a gather whose result was not taken yet
         self.uses: list[int] = []
-        self.gradients: dict[int, int] = {}
-        self.accumulated: dict[int, int] = {}
+        self.gradients: dict[Key, int] = {}
+        self.accumulated: dict[Key, int] = {}
         self.sharded_gradients = 0
         self.has_gradients = False
         self.held = 0
@@ -296,8 +306,12 @@ class Group:
     def _fewer(self) -> int:
         return sum(self.elements(tensor) * self.gathered // self.kept for tensor in self.tensors)
 
-    def enter(self, recomputes: bool) -> None:
-        """The module's forward begins."""
+    def enter(self, recomputes: bool, name: str = "") -> None:
+        """The forward of a module begins."""
+        if self.to_run:
+            return
+        self.to_run = set(self.members)
+        self.first = self.first if recomputes else name
         if recomputes and self.training == "before":
             self.unshard()
             self.wait()
@@ -306,8 +320,12 @@ class Group:
         self.unshard()
         self.wait()
 
-    def leave(self, recomputes: bool) -> None:
-        """The module's forward ends."""
+    def leave(self, recomputes: bool, name: str = "") -> None:
+        """The forward of a module ends."""
+        self.to_run.discard(name)
+        if self.to_run:
+            return
+        self.last = self.last if recomputes else name
         if recomputes and self.training == "before":
             return
         if not recomputes:
@@ -316,9 +334,9 @@ class Group:
             self.shared.order.append(self)
         self.training = "idle"
 
-    def before_backward(self) -> None:
-        """The first gradient of an output is there."""
-        if self.training == "before":
+    def before_backward(self, name: str = "") -> None:
+        """The first gradient of an output of a module is there."""
+        if self.training == "before" or name != self.last:
             return
         self.training = "before"
         self.unshard()
@@ -326,34 +344,36 @@ class Group:
         if self.uses and (use := self.uses.pop()) > 0:
             self.shared.order[use - 1].unshard()
 
-    def gradient(self, index: int) -> None:
+    def gradient(self, key: Key) -> None:
         """Autograd has made the gradient of a parameter."""
-        self.add("gradients", self._tensor(index).whole * self.gathered)
+        self.add("gradients", self.known[key].whole * self.gathered)
 
-    def accumulate(self, index: int) -> None:
+    def accumulate(self, key: Key) -> None:
         """The gradient is given to the parameter, or added to one that is there."""
-        size = self._tensor(index).whole * self.gathered
-        if index in self.gradients:
+        size = self.known[key].whole * self.gathered
+        if key in self.gradients:
             self.add("gradients", -size)
-        self.gradients[index] = size
+        self.gradients[key] = size
 
-    def _tensor(self, index: int) -> Tensor:
-        return next(tensor for tensor in self.tensors if tensor.index == index)
+    def after_inputs(self, name: str = "") -> None:
+        """The gradients of all inputs of a module are there."""
+        if name == self.first:
+            self.after_backward()
 
     def after_backward(self) -> None:
-        """The gradients of all inputs are there."""
+        """Backward of the group is over."""
         self.training = "after"
-        for index, size in self.accumulated.items():
-            if index in self.gradients:
+        for key, size in self.accumulated.items():
+            if key in self.gradients:
                 self.pulse("transient", size if self.shared.runtime.casts_copy else 0)
-                self.add("gradients", -self.gradients.pop(index))
+                self.add("gradients", -self.gradients.pop(key))
         if not self.reduces:
             if self.reshards:
                 self.reshard()
             if self.reduced != self.gathered:
-                for index, size in self.gradients.items():
-                    self.accumulated[index] = self._tensor(index).whole * self.reduced
-                    self.add("gradients", self.accumulated[index])
+                for key, size in self.gradients.items():
+                    self.accumulated[key] = self.known[key].whole * self.reduced
+                    self.add("gradients", self.accumulated[key])
                     self.add("gradients", -size)
                 self.gradients.clear()
             return
@@ -366,18 +386,18 @@ class Group:
         if sizes:
             self._reduce(sizes)
 
-    def _reduce(self, sizes: dict[int, int]) -> None:
+    def _reduce(self, sizes: dict[Key, int]) -> None:
         runtime = self.shared.runtime
         self.add("gradients", -self.held)
         self.held = 0
-        tensors = [tensor for tensor in self.tensors if tensor.index in sizes]
+        tensors = [tensor for tensor in self.tensors if tensor.key in sizes]
         count = sum(map(self.elements, tensors))
         flat, output = count * self.reduced, count // self.ranks * self.reduced
         self.add("transient", flat)
         if runtime.pads_gradients:
             padded = [tensor for tensor in tensors if self.elements(tensor) != tensor.whole]
-            self.pulse("transient", sum(sizes[t.index] // t.whole * self.elements(t) for t in padded))
-        last = sizes[tensors[-1].index] if self.ranks > 1 else 0
+            self.pulse("transient", sum(sizes[t.key] // t.whole * self.elements(t) for t in padded))
+        last = sizes[tensors[-1].key] if self.ranks > 1 else 0
         self.add("gradients", last - sum(sizes.values()))
         self.add("gradients", output)
         if self.ranks > 1:
@@ -415,6 +435,7 @@ class Group:
             self.add("transient", -self.pending)
             self.pending = None
         self.uses.clear()
+        self.to_run.clear()
 
     def free_gradients(self) -> None:
         """The gradients of the step before are freed."""

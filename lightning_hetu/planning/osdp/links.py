@@ -62,3 +62,27 @@ class HostLink:
     def seconds(self, op: Collective, group_size: int, num_bytes: float, /) -> float:
         """Seconds of one collective."""
         return self.collectives.seconds(op, group_size, num_bytes)
+
+
+@dataclass(frozen=True)
+class CallOverhead:
+    """Adds what the host does for every collective: hooks, copies and the call itself, where these are not hidden.
+
+    Args:
+        collectives: What knows the collectives.
+        seconds_per_call: Seconds that come on top of each.
+    """
+
+    collectives: CollectiveSeconds
+    seconds_per_call: float
+
+    @property
+    def host_seconds_per_byte(self) -> float | None:
+        """Inverse bandwidth between a device and its host, where ``collectives`` knows it."""
+        value: float | None = getattr(self.collectives, "host_seconds_per_byte", None)
+        return value
+
+    def seconds(self, op: Collective, group_size: int, num_bytes: float, /) -> float:
+        """Seconds of one collective."""
+        seconds = self.collectives.seconds(op, group_size, num_bytes)
+        return seconds + self.seconds_per_call if group_size > 1 and num_bytes > 0 else seconds

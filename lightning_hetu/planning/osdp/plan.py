@@ -33,6 +33,8 @@ class OperatorPlan:
         cut: How it is cut, ``output`` or ``input``; empty if it is whole.
         kind: The operator's kind.
         tied: The group of operators that are one unit with this one. What they cost is noted at the first of them.
+        bucket: Name of the first of the replicated operators whose gradients are reduced together with those of this
+            one; their collectives are noted there. Empty if they are reduced alone.
         count: Number of parameters.
         seconds: Seconds of communication, and what slices add to computation.
         parameters: Bytes of parameters.
@@ -52,6 +54,7 @@ class OperatorPlan:
     cut: str = ""
     kind: str = ""
     tied: str = ""
+    bucket: str = ""
     count: int = 0
     seconds: float = 0.0
     parameters: int = 0
@@ -68,6 +71,10 @@ class OperatorPlan:
         if not self.parts or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for _, n in self.parts):
             raise ValueError(
                 f"operator {self.name!r}: parts={self.parts}: expected modes with at least one slice each."
+            )
+        if self.bucket and self.parts != (("dp", 1),):
+            raise ValueError(
+                f"operator {self.name!r}: bucket={self.bucket!r}: only whole operators in mode dp have one."
             )
 
     @property
@@ -209,7 +216,7 @@ class OSDPPlan:
     @property
     def fingerprint(self) -> str:
         """Hash of all that is decided, for comparing plans of different processes. Predictions do not count."""
-        decided = [[op.name, op.parts, op.cut, op.tied] for op in self.operators]
+        decided = [[op.name, op.parts, op.cut, op.tied, *([op.bucket] if op.bucket else ())] for op in self.operators]
         text = json.dumps([FORMAT_VERSION, self.world_size, self.micro_steps, self.accumulation, decided])
         return hashlib.sha256(text.encode()).hexdigest()
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TypedDict, Unpack
 
+from lightning_hetu.planning.osdp.buckets import BUCKET_BYTES
 from lightning_hetu.planning.osdp.costs import (
     Accumulation,
     MemoryConstants,
@@ -171,7 +172,8 @@ def _problem(
 ) -> Problem | FittedProblem:
     if profile is None:
         return Problem.build(operators, costs, base)
-    costs = replace(costs, operator_dtypes={**profile.dtypes, **costs.operator_dtypes})
+    dtypes = {**profile.dtypes, **costs.operator_dtypes}
+    costs = replace(costs, operator_dtypes=dtypes, bucket_bytes=BUCKET_BYTES)
     return FittedProblem(Problem.build(operators, costs, base), profile, runtime)
 
 

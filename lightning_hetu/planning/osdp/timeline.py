@@ -176,13 +176,19 @@ class StepSettings:
     runtime: Runtime = GLOO
 
 
-def play_step(profile: StepProfile, parts: Mapping[str, Sequence[Part]], settings: StepSettings) -> Timeline:
+def play_step(
+    profile: StepProfile,
+    parts: Mapping[str, Sequence[Part]],
+    settings: StepSettings,
+    buckets: Mapping[str, str] | None = None,
+) -> Timeline:
     """Plays one optimizer step, not the first one, on the rank that has most.
 
     Args:
         profile: The model.
         parts: For each operator its modes and the number of slices in each; see :class:`OperatorPlan`.
         settings: How the step is run.
+        buckets: For operators whose gradients are reduced together, the name of the first of them.
 
     Raises:
         ValueError: If operators of plan and profile differ.
@@ -190,7 +196,7 @@ def play_step(profile: StepProfile, parts: Mapping[str, Sequence[Part]], setting
     names = {operator.name for operator in profile.operators}
     if names != set(parts):
         raise ValueError(f"parts: operator {min(names ^ set(parts))!r} is in the plan or in the profile only.")
-    return _Player(profile, parts, settings).play()
+    return _Player(profile, parts, settings, buckets or {}).play()
 
 
 def play_owners(
@@ -203,7 +209,7 @@ def play_owners(
         parts: See :func:`play_step`.
         settings: See :func:`play_step`.
     """
-    player = _Player(profile, parts, settings, owners=True)
+    player = _Player(profile, parts, settings, {}, owners=True)
     player.play()
     return player.owned
 
@@ -216,6 +222,7 @@ class _Player:
         profile: StepProfile,
         parts: Mapping[str, Sequence[Part]],
         settings: StepSettings,
+        buckets: Mapping[str, str],
         *,
         owners: bool = False,
     ) -> None:
@@ -228,7 +235,9 @@ class _Player:
         self.groups = {
             op.name: self._groups_of(op, parts[op.name], with_gradient) for op in profile.operators if op.parameters
         }
-        self.all_groups = [group for name in profile.tree for group in self.groups.get(name, ())]
+        self._join(buckets)
+        found = [group for name in profile.tree for group in self.groups.get(name, ())]
+        self.all_groups = list({id(group): group for group in found}.values())
         self.sliced = {name for name, groups in self.groups.items() if len(groups) > 1}
         self.with_input = {m.unit for m in profile.moments if m.kind == "input_gradient"}
         self.inside = self._most_inside()
@@ -251,10 +260,24 @@ class _Player:
                 first, rest = shape[0], math.prod(shape[1:])
                 each = -(-first // ranks)
                 trained = (operator.name, index) in with_gradient
-                tensors.append(Tensor(index, first * rest, each * ranks * rest, min(each, first) * rest, trained))
+                key = operator.name, index
+                tensors.append(Tensor(key, first * rest, each * ranks * rest, min(each, first) * rest, trained))
             kept, owner = mode_ranks(mode, ranks), self.numbers[operator.name]
-            found.append(Group(self.shared, mode, kept, tensors, operator.dtype_bytes, gathered, reduced, owner))
+            dtypes = operator.dtype_bytes, gathered, reduced
+            found.append(Group(self.shared, mode, kept, tensors, *dtypes, owner, (operator.name,)))
         return found
+
+    def _join(self, buckets: Mapping[str, str]) -> None:
+        """Puts replicated operators into one group."""
+        members: dict[str, list[str]] = {}
+        for operator in self.profile.operators:
+            if operator.name in buckets:
+                members.setdefault(buckets[operator.name], []).append(operator.name)
+        for names in members.values():
+            one = self.groups[names[0]][0]
+            tensors = [tensor for name in names for tensor in self.groups[name][0].tensors]
+            dtypes = one.stored, one.gathered, one.reduced
+            self.groups |= dict.fromkeys(names, [Group(self.shared, "dp", 1, tensors, *dtypes, one.owner, names)])
 
     def _most_inside(self) -> dict[str, tuple[float, float]]:
         """For units that are cut, the most activations in forward and in backward of the unit."""
@@ -335,36 +358,36 @@ class _Player:
         if moment.unit in self.sliced:
             self._act_slice(group, moment, backward)
         elif moment.kind == "enter":
-            group.enter(backward)
+            group.enter(backward, moment.unit)
         elif moment.kind == "leave":
-            group.leave(backward)
+            group.leave(backward, moment.unit)
         elif moment.kind == "output_gradient":
-            group.before_backward()
+            group.before_backward(moment.unit)
         elif moment.kind == "gradient":
-            group.gradient(moment.parameter)
+            group.gradient((moment.unit, moment.parameter))
         elif moment.kind == "accumulated":
-            group.accumulate(moment.parameter)
+            group.accumulate((moment.unit, moment.parameter))
         elif moment.kind == "input_gradient":
-            group.after_backward()
+            group.after_inputs(moment.unit)
 
     def _act_slice(self, group: Group, moment: Moment, backward: bool) -> None:
         """All of a slice's forward when the unit enters, and all of its backward when its output has a gradient."""
         alive = moment.alive.of(self.settings.batch_size)
         if moment.kind == "enter":
-            group.enter(backward)
+            group.enter(backward, moment.unit)
             self._activations(max(self.inside[moment.unit][0], alive))
             self._activations(alive)
-            group.leave(backward)
+            group.leave(backward, moment.unit)
         elif moment.kind == "output_gradient":
-            group.before_backward()
+            group.before_backward(moment.unit)
             self._activations(max(self.inside[moment.unit][1], alive))
             for tensor in group.tensors:
                 if tensor.trained:
-                    group.gradient(tensor.index)
-                    group.accumulate(tensor.index)
+                    group.gradient(tensor.key)
+                    group.accumulate(tensor.key)
             self._activations(alive)
             if moment.unit in self.with_input:
-                group.after_backward()
+                group.after_inputs(moment.unit)
 
     def _activations(self, size: float) -> None:
         self.memory.add("activations", math.ceil(size) - self.activations)
