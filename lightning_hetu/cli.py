@@ -79,7 +79,8 @@ class HetuTrainer(Trainer):
             datamodule: Its data.
             out: File to write the plan to, besides ``plan.json`` in the log folder.
             picture: File to draw the plan in, ``.svg`` or ``.png``.
-            explain: Also show where the time and the memory of every stage go.
+            explain: Also show where the time and the memory of every stage go; with OSDP, what every single operator
+                does.
             cluster: Name of a cluster to plan for instead of this machine: ``2x8xH100-80GB`` is two nodes of eight.
             compare: Names of clusters to show side by side, each optionally with the memory to use of a device:
                 ``[8xA100-80GB, 8xA100-80GB@40GiB, 4xH100-80GB]``.
@@ -96,7 +97,7 @@ class HetuTrainer(Trainer):
                 f"strategy={strategy}: expected with cluster or compare; for this machine configure trainer.strategy."
             )
         if strategy == "osdp" or (strategy is None and isinstance(self.strategy, OSDPStrategy)):
-            self._plan_osdp(model, datamodule, out, picture, cluster, compare, memory_budget, search_batch)
+            self._plan_osdp(model, datamodule, out, picture, cluster, compare, memory_budget, search_batch, explain)
             return
         if search_batch:
             raise ValueError("search_batch=true: expected with strategy=osdp and cluster or compare.")
@@ -148,6 +149,7 @@ class HetuTrainer(Trainer):
         compare: list[str] | None,
         memory_budget: int | str | None,
         search_batch: bool,
+        explain: bool,
     ) -> None:
         """The command ``plan`` for OSDP."""
         if picture is not None:
@@ -160,8 +162,11 @@ class HetuTrainer(Trainer):
             assert isinstance(planner, OSDPStrategy)
             planner.stop_after_plan(plan_file=out)
             self.fit(model, datamodule=datamodule)
-            if picture is not None and self.is_global_zero and planner.plan is not None:
-                save_memory_picture(planner.plan, picture)
+            if planner.plan is not None and self.is_global_zero:
+                if explain:
+                    print(planner.plan.explain(each=True))
+                if picture is not None:
+                    save_memory_picture(planner.plan, picture)
             return
         request = self.strategy.request if isinstance(self.strategy, OSDPStrategy) else OSDPRequest()
         if request.memory_limit is not None and memory_budget is None:
@@ -176,7 +181,7 @@ class HetuTrainer(Trainer):
             first = plans[0]
             if first.plan is None:
                 raise ValueError(f"cluster={cluster}: {first.error}")
-            print(first.plan.explain())
+            print(first.plan.explain(each=explain))
             if out is not None:
                 first.plan.save(out)
             if picture is not None:

@@ -220,9 +220,13 @@ class OSDPPlan:
         text = json.dumps([FORMAT_VERSION, self.world_size, self.micro_steps, self.accumulation, decided])
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def explain(self) -> str:
-        """The plan as a text table: what equal operators do, what it costs, and what more memory would bring."""
-        return explain(self)
+    def explain(self, *, each: bool = False) -> str:
+        """The plan as a text table: what equal operators do, what it costs, and what more memory would bring.
+
+        Args:
+            each: Whether every operator has a line of its own.
+        """
+        return explain(self, each=each)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON-compatible values."""
@@ -290,8 +294,13 @@ def _short(operator: OperatorPlan) -> dict[str, Any]:
     return {name: value for name, value in data.items() if value or name == "name"}
 
 
-def explain(plan: OSDPPlan) -> str:
-    """The plan as a text table of at most 110 columns; operators of one kind with the same costs share a line."""
+def explain(plan: OSDPPlan, *, each: bool = False) -> str:
+    """The plan as a text table of at most 110 columns; operators of one kind with the same costs share a line.
+
+    Args:
+        plan: The plan.
+        each: Whether every operator has a line of its own.
+    """
     ranks, steps = plan.world_size, plan.micro_steps
     lines = [
         f"OSDP plan for {ranks} rank{'s' * (ranks > 1)}: {_operators(len(plan.operators))}, batch of"
@@ -301,7 +310,9 @@ def explain(plan: OSDPPlan) -> str:
         _limit_line(plan),
         _proof_line(plan),
         "",
-        text_table([("operators", "count", "mode", "slices", "memory per rank", "buffers", "time"), *_rows(plan)]),
+        text_table(
+            [("operators", "count", "mode", "slices", "memory per rank", "buffers", "time"), *_rows(plan, each)]
+        ),
         "",
         text_table(
             [("memory", "per rank"), *((name, format_bytes(size)) for name, size in plan.memory.items() if size)]
@@ -336,14 +347,13 @@ def _proof_line(plan: OSDPPlan) -> str:
     return f"no other plan saves more than {plan.gap * 100:.2g}% of the communication time{why}"
 
 
-def _rows(plan: OSDPPlan) -> list[tuple[str, ...]]:
-    """A line for the operators of each kind with equal costs, in the order of their first ones."""
+def _rows(plan: OSDPPlan, each: bool) -> list[tuple[str, ...]]:
+    """A line for the operators of each kind with equal costs, or for each one, in the order of their first ones."""
     runs: dict[tuple[Any, ...], list[OperatorPlan]] = {}
     for op in plan.operators:
         # Without a kind, equal costs tell that operators are alike.
-        runs.setdefault((op.kind, op.count, op.parts, op.seconds, op.memory, op.transient, bool(op.tied)), []).append(
-            op
-        )
+        alike = op.kind, op.count, op.parts, op.seconds, op.memory, op.transient, bool(op.tied)
+        runs.setdefault((op.name,) if each else alike, []).append(op)
     out: list[tuple[str, ...]] = []
     for run in runs.values():
         op, count = run[0], len(run)
