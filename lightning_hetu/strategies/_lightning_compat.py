@@ -25,6 +25,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException, _TunerExitE
 from lightning.pytorch.utilities.seed import isolate_rng
 from torchmetrics import Metric
 
+from lightning_hetu.parallel.alone import running_alone
 from lightning_hetu.parallel.clip import clip_gradients_by_norm
 from lightning_hetu.planning.plan import HybridPlan
 
@@ -262,7 +263,7 @@ def no_inference_tensors() -> Iterator[None]:
 
 @contextmanager
 def silent_logging(module: LightningModule) -> Iterator[None]:
-    """``self.log`` does nothing inside: there is no loop yet that could collect values."""
+    """For running a step to look at it: ``self.log`` does nothing, and no layer waits for other ranks."""
 
     def ignore(*args: Any, **kwargs: Any) -> None:
         return None
@@ -271,7 +272,8 @@ def silent_logging(module: LightningModule) -> Iterator[None]:
     for name in before:
         module.__dict__[name] = ignore
     try:
-        yield
+        with running_alone():
+            yield
     finally:
         for name, value in before.items():
             if value is None:

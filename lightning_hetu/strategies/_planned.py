@@ -49,6 +49,9 @@ class PlannedStrategy(ModelParallelStrategy):
         timeout: How long a collective may take.
     """
 
+    keeps_experts_whole = True
+    """Asked by models with experts: stacked ones are parameters like any other here."""
+
     def __init__(
         self,
         process_group_backend: Literal["nccl", "gloo"] | None = None,

@@ -1,0 +1,98 @@
+"""Gradients of experts that are spread over ranks, and the norm of a model that has them.
+
+The loss of a step is the mean over ranks of their losses. DDP and FSDP2 average or sum what all ranks hold; experts are
+left to them by nobody. A rank's gradient of its experts is already the sum over the ranks that sent it tokens: what is
+missing is the sum over the ranks that hold the same experts, and the division that turns a sum into a mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lightning_hetu.moe.layer import MoELayer
+from lightning_hetu.parallel.clip import clip_gradients_by_norm
+
+
+def moe_layers(module: nn.Module) -> Iterator[MoELayer]:
+    """All mixture-of-experts layers of a model."""
+    return (layer for layer in module.modules() if isinstance(layer, MoELayer))
+
+
+def expert_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Parameters that are another share of the experts on every rank, by name."""
+    return [
+        (f"{name}.experts.{own}" if name else f"experts.{own}", parameter)
+        for name, layer in module.named_modules()
+        if isinstance(layer, MoELayer) and layer.groups is not None
+        for own, parameter in layer.experts.named_parameters()
+    ]
+
+
+@torch.no_grad()
+def sync_expert_gradients(module: nn.Module, *, mean: bool = True) -> None:
+    """Makes the gradients of experts those of the loss of all ranks; once per optimizer step, by all ranks.
+
+    Args:
+        module: The model.
+        mean: Whether that loss is the mean of the ranks' losses, as with DDP; otherwise their sum.
+    """
+    for layer in moe_layers(module):
+        if layer.groups is None:
+            continue
+        for parameter in layer.experts.parameters():
+            if not parameter.requires_grad:
+                continue
+            if parameter.grad is None:  # other ranks may have one
+                parameter.grad = torch.zeros_like(parameter)
+            if layer.groups.replica.size() > 1:
+                dist.all_reduce(parameter.grad, group=layer.groups.replica)
+            if mean:
+                parameter.grad /= layer.groups.world_size
+
+
+@torch.no_grad()
+def clip_with_experts(module: nn.Module, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Scales gradients in place so that their 2-norm is at most ``max_norm``, each expert counted once.
+
+    Args:
+        module: The model.
+        parameters: Those whose gradients are scaled, with the experts of this rank among them.
+        max_norm: Largest norm allowed.
+
+    Returns:
+        The norm before clipping, a float64 scalar, the same on every rank.
+    """
+    parameters = [parameter for parameter in parameters if parameter.grad is not None]
+    experts = {id(parameter) for _, parameter in expert_parameters(module)}
+    own = [parameter for parameter in parameters if id(parameter) in experts]
+    if not own:
+        return clip_gradients_by_norm(parameters, max_norm)
+    sharded = [parameter for parameter in parameters if isinstance(parameter.grad, DTensor)]
+    alike = [p for p in parameters if id(p) not in experts and not isinstance(p.grad, DTensor)]
+    groups = next(layer.groups for layer in moe_layers(module) if layer.groups is not None)
+    squared = _squared_norm(own)
+    dist.all_reduce(squared, group=groups.expert)
+    squared += _squared_norm(alike).to(squared.device)
+    if sharded:
+        squared += clip_gradients_by_norm(sharded, float("inf")).double() ** 2  # nothing is scaled yet
+    norm = squared.sqrt()
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for parameter in parameters:
+        assert parameter.grad is not None
+        parameter.grad.mul_(scale.to(device=parameter.grad.device, dtype=parameter.grad.dtype))
+    return norm
+
+
+def _squared_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Sum of squares of plain gradients, float64."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    device = gradients[0].device if gradients else torch.device("cpu")
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for gradient in gradients:
+        total += torch.linalg.vector_norm(gradient, dtype=torch.float64) ** 2
+    return total

@@ -1,0 +1,192 @@
+"""A mixture-of-experts layer in place of a feed-forward network, on one process or with experts spread over many.
+
+Sparsely gated experts (arXiv 1701.06538) with the gates of HetuMoE (arXiv 2203.14685). What a rank computes does not
+depend on where experts are: a token's result is the same as on one process, and so are all gradients once
+:func:`lightning_hetu.moe.gradients.sync_expert_gradients` has added what only the ranks of one expert know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from lightning_hetu.moe.dispatch import Dispatch
+from lightning_hetu.moe.exchange import Exchange
+from lightning_hetu.moe.expert_mesh import ExpertMesh
+from lightning_hetu.moe.experts import Activation, Backend, Experts
+from lightning_hetu.moe.gates import Gate, GateOutput, build_gate
+from lightning_hetu.planning.all_to_all import Link, two_stages_are_faster
+
+AllToAll = Literal["auto", "one_stage", "two_stage"]
+
+
+class MoELayer(nn.Module):
+    """Sends every token to the experts its gate chooses, and adds up what they say.
+
+    After a forward pass, ``losses`` has the gate's auxiliary losses with their graph, ``last`` its decisions without.
+
+    Args:
+        dim: Width of a token.
+        hidden: Width of an expert between its two products.
+        num_experts: Number of experts.
+        gate: Name of a gate (see :func:`lightning_hetu.moe.gates.build_gate`) or a gate.
+        gate_options: Options of the gate of that name.
+        activation: Activation of the experts.
+        backend: What multiplies; see :class:`Experts`.
+        all_to_all: How rows get to experts on other nodes: in one stage, in two, or what is faster by ``links``.
+        links: Within and between nodes, as one rank sees them; ``auto`` takes one stage without.
+
+    Raises:
+        ValueError: If an option is unknown, or belongs to a gate that is given.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        num_experts: int,
+        gate: str | Gate = "switch",
+        gate_options: Mapping[str, Any] | None = None,
+        activation: Activation = "swiglu",
+        backend: Backend = "auto",
+        all_to_all: AllToAll = "auto",
+        links: tuple[Link, Link] | None = None,
+    ) -> None:
+        super().__init__()
+        if all_to_all not in get_args(AllToAll):
+            raise ValueError(f"all_to_all={all_to_all!r}: expected one of {', '.join(get_args(AllToAll))}.")
+        if isinstance(gate, Gate):
+            if gate_options:
+                raise ValueError(
+                    f"gate_options={dict(gate_options)}: expected with the name of a gate, not with a gate."
+                )
+            if gate.num_experts != num_experts:
+                raise ValueError(f"num_experts={num_experts}: the gate has {gate.num_experts}.")
+        else:
+            gate = build_gate(gate, dim=dim, num_experts=num_experts, **(gate_options or {}))
+        self.dim, self.hidden, self.num_experts = dim, hidden, num_experts
+        self.gate = gate
+        self.experts = Experts(num_experts, dim, hidden, activation, backend)
+        self.all_to_all: AllToAll = all_to_all
+        self.links = links
+        self.groups: ExpertMesh | None = None
+        self.losses: dict[str, Tensor] = {}
+        self.last: GateOutput | None = None
+
+    def parallelize(self, groups: ExpertMesh) -> None:
+        """Keeps this rank's share of the experts; to be called by all ranks, before there is an optimizer.
+
+        Ranks that hold the same experts start with the weights of the first of them.
+
+        Args:
+            groups: The ranks.
+
+        Raises:
+            ValueError: If the ranks do not divide the experts.
+            RuntimeError: If it was called before.
+        """
+        if self.groups is not None:
+            raise RuntimeError("parallelize: the experts of this layer are shared out already.")
+        if self.num_experts % groups.expert_size:
+            raise ValueError(
+                f"num_experts={self.num_experts}: expected a multiple of the {groups.expert_size} ranks that share"
+                " them out."
+            )
+        slots = self.num_experts // groups.expert_size
+        mine = slice(groups.expert_rank * slots, (groups.expert_rank + 1) * slots)
+        for name, weight in list(self.experts.named_parameters()):
+            own = nn.Parameter(weight.detach()[mine].clone(), requires_grad=weight.requires_grad)
+            if groups.replica.size() > 1:
+                dist.broadcast(own.data, group=groups.replica, group_src=0)
+            setattr(self.experts, name, own)
+        self.experts.num_slots = slots
+        self.groups = groups
+
+    def forward(self, x: Tensor, token_ids: Tensor | None = None) -> Tensor:
+        """Applies the layer.
+
+        Args:
+            x: Tokens, ``[..., dim]``.
+            token_ids: Numbers of the tokens, int64 ``[...]``, for gates that go by them.
+
+        Returns:
+            As ``x``. Tokens without an expert give zero, or themselves where the gate interpolates.
+        """
+        tokens = x.reshape(-1, x.shape[-1])
+        decided: GateOutput = self.gate(tokens, None if token_ids is None else token_ids.reshape(-1))
+        self.losses = dict(decided.losses)
+        self.last = decided.detach()
+        expert_ids = decided.expert_ids.masked_fill(decided.dropped, -1)
+        dispatch = Dispatch.build(expert_ids, self.num_experts)
+        rows = dispatch.rows(tokens)
+        rows = self._at_home(rows, dispatch.counts) if self.groups is None else self._spread(rows, dispatch.counts)
+        out = dispatch.combine(rows, decided.weights)
+        if decided.residual is not None:
+            out = out + decided.residual.to(tokens.dtype).unsqueeze(-1) * tokens
+        return out.view(*x.shape[:-1], out.shape[-1])
+
+    def _at_home(self, rows: Tensor, counts: Tensor) -> Tensor:
+        return self.experts(rows, counts)  # type: ignore[no-any-return]
+
+    def _spread(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """The experts' results for rows that are sorted by expert, wherever the experts are."""
+        assert self.groups is not None
+        groups, slots = self.groups, self.experts.num_slots
+        everyone = all_gather_counts(counts, groups.expert).view(groups.expert_size, groups.expert_size, slots)
+        host = everyone.tolist()  # the one point at which the host waits for the device
+        table = tuple(tuple(sum(of_slots) for of_slots in row) for row in host)
+        exchange = Exchange(table, groups, self._takes_two_stages(table, rows))
+        received = exchange.send(rows)
+        of_mine = [host[source][groups.expert_rank] for source in range(groups.expert_size)]
+        sizes = torch.tensor(of_mine).flatten()
+        slot_of_row = torch.arange(slots).repeat(groups.expert_size).repeat_interleave(sizes)
+        order = slot_of_row.argsort(stable=True)  # from source-major to slot-major
+        back = order.argsort(stable=True)
+        results = self.experts(_Reorder.apply(received, order, back), torch.tensor(of_mine).sum(dim=0))
+        return exchange.send_back(_Reorder.apply(results, back, order))
+
+    def _takes_two_stages(self, table: tuple[tuple[int, ...], ...], rows: Tensor) -> bool:
+        assert self.groups is not None
+        if self.groups.nodes is None or self.all_to_all == "one_stage":
+            return False
+        if self.all_to_all == "two_stage":
+            return True
+        if self.links is None:
+            return False
+        num_bytes = max(map(sum, table)) * rows.shape[1] * rows.element_size()
+        _, nodes, local = self.groups.nodes.shape
+        return two_stages_are_faster(num_bytes, nodes, local, *self.links)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies are made without what the last forward pass left."""
+        return {**self.__dict__, "losses": {}, "last": None}
+
+    def extra_repr(self) -> str:
+        """Sizes, for printing the module."""
+        return f"num_experts={self.num_experts}"
+
+
+class _Reorder(torch.autograd.Function):
+    """Rows in another order; the gradient is gathered, not scattered."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, back: Tensor) -> Tensor:
+        ctx.back = back.to(rows.device)
+        return rows[order.to(rows.device)]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient[ctx.back], None, None
+
+
+def all_gather_counts(counts: Tensor, group: ProcessGroup) -> Tensor:
+    """Rows per expert of every rank, int64 ``[ranks, experts]``, on the device of ``counts``."""
+    everyone = counts.new_empty(group.size() * len(counts))
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.13 has renamed it
+    gather(everyone, counts, group=group)
+    return everyone.view(group.size(), len(counts))

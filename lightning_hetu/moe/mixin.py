@@ -1,0 +1,191 @@
+"""What a LightningModule with mixture-of-experts layers needs: losses, gradients, figures and checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torchmetrics import Metric
+
+from lightning_hetu.moe.checkpoint import gather_experts, scatter_experts
+from lightning_hetu.moe.expert_mesh import ExpertMesh
+from lightning_hetu.moe.gradients import clip_with_experts, expert_parameters, moe_layers, sync_expert_gradients
+from lightning_hetu.moe.layer import MoELayer
+from lightning_hetu.moe.metrics import BalanceRatio, DropRate, ExpertLoad, MeanActiveExperts
+
+
+class MoEModuleMixin(LightningModule):
+    """Mixin for a LightningModule that contains :class:`MoELayer`.
+
+    Its ``training_step`` adds :meth:`moe_loss` to its own loss; everything else happens by itself::
+
+        class MyModule(MoEModuleMixin, LightningModule):
+            expert_parallel = 4
+
+            def training_step(self, batch, batch_idx):
+                loss = ...
+                return loss + self.moe_loss()
+
+    Under DDPStrategy with several processes the experts are shared out, the gradients of shared experts are added, ``gradient_clip_val``
+    counts every expert once, and checkpoints hold all experts under the names of the whole model, so that any number of
+    processes can load them. ``hetu_auto`` and ``hetu_osdp`` shard stacked experts like any other parameters.
+
+    Attributes:
+        expert_parallel: Ranks that share out the experts; ``None`` for all, 1 for none.
+        devices_per_node: Ranks of one node, where experts are shared over nodes and rows may travel in two stages.
+        moe_coefficients: What the gates' losses are multiplied by, by their names.
+    """
+
+    expert_parallel: int | None = None
+    devices_per_node: int | None = None
+    moe_coefficients: Mapping[str, float] = {"balance": 1e-2, "z": 1e-3, "alignment": 1e-2}
+    _moe_loads: list[Tensor] | None = None
+    _moe_step = 0
+    _moe_metrics: list[dict[str, Metric]] | None = None
+
+    def moe_loss(self) -> Tensor:
+        """Sum over layers of the gates' losses times their coefficients, of the last forward pass.
+
+        It belongs into the loss of ``training_step``, which Lightning divides by ``accumulate_grad_batches``.
+
+        Raises:
+            ValueError: If a gate has a loss without a coefficient.
+        """
+        parts = []
+        for layer in moe_layers(self):
+            for name, loss in layer.losses.items():
+                if name not in self.moe_coefficients:
+                    raise ValueError(
+                        f"moe_coefficients: expected one for {name!r}; there are {', '.join(self.moe_coefficients)}."
+                    )
+                parts.append(self.moe_coefficients[name] * loss)
+        return torch.stack(parts).sum() if parts else torch.zeros((), device=self.device)
+
+    # ------------------------------------------------------------------ where experts are
+
+    def configure_model(self) -> None:
+        """Shares the experts out, where there are several processes; again it does nothing."""
+        super().configure_model()
+        layers = [layer for layer in moe_layers(self) if layer.groups is None]
+        if not layers or not dist.is_initialized() or dist.get_world_size() == 1 or self.expert_parallel == 1:
+            return
+        strategy = self.trainer.strategy
+        if getattr(strategy, "keeps_experts_whole", False):
+            if self.expert_parallel is not None:
+                raise ValueError(
+                    f"expert_parallel={self.expert_parallel}: {type(strategy).__name__} shards experts as it shards all"
+                    " other parameters; leave it out, or use DDPStrategy."
+                )
+            return
+        device = strategy.root_device.type
+        groups = ExpertMesh.build(device, expert_parallel=self.expert_parallel, devices_per_node=self.devices_per_node)
+        for layer in layers:
+            layer.parallelize(groups)
+        # DDP would take every rank's experts for copies of the same ones.
+        names = [name for name, _ in expert_parameters(self)]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, names)
+
+    # ------------------------------------------------------------------ gradients
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Completes the gradients of experts."""
+        super().on_before_optimizer_step(optimizer)
+        sync_expert_gradients(self)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips by the norm of the whole model, where experts are spread over ranks."""
+        if not gradient_clip_val or gradient_clip_algorithm == "value" or not expert_parameters(self):
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        clip_with_experts(self, parameters, float(gradient_clip_val))
+
+    # ------------------------------------------------------------------ figures, and biases of gates
+
+    def on_train_start(self) -> None:
+        """Makes the figures of every layer."""
+        super().on_train_start()
+        self._moe_step, self._moe_loads = self.trainer.global_step, None
+        # In a list, so that they are no part of the model.
+        self._moe_metrics = [_metrics_of(layer, self.device) for layer in moe_layers(self)]
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Counts where the batch went; after an optimizer step it logs that, and moves the biases of gates."""
+        super().on_train_batch_end(outputs, batch, batch_idx)
+        layers = [layer for layer in moe_layers(self) if layer.last is not None]
+        if not layers:
+            return
+        loads = [layer.last.tokens_per_expert for layer in layers if layer.last is not None]
+        self._moe_loads = (
+            loads if self._moe_loads is None else [a + b for a, b in zip(self._moe_loads, loads, strict=True)]
+        )
+        for layer, metrics in zip(moe_layers(self), self._moe_metrics or (), strict=True):
+            for metric in metrics.values() if layer.last is not None else ():
+                metric.update(layer.last)
+        if self.trainer.global_step == self._moe_step:
+            return
+        self._moe_step = self.trainer.global_step
+        for layer, load in zip(layers, self._moe_loads, strict=True):
+            self._move_bias(layer, load)
+        self._moe_loads = None
+        if self._moe_step % cast(Any, self.trainer).log_every_n_steps == 0:
+            self.log_moe_metrics()
+
+    def log_moe_metrics(self) -> None:
+        """Logs the figures of all layers since the last time, under ``moe/``, and starts them anew."""
+        if self._moe_metrics is None:
+            return
+        found: dict[str, list[Tensor]] = {}
+        for of_layer in self._moe_metrics:
+            for name, metric in of_layer.items():
+                value = metric.compute()
+                values = value if isinstance(value, dict) else {"": value}
+                for part, scalar in values.items():
+                    found.setdefault(f"moe/{name}{part and '_'}{part}", []).append(scalar)
+                metric.reset()
+        self.log_dict({name: torch.stack(values).mean() for name, values in found.items()})
+
+    @staticmethod
+    def _move_bias(layer: MoELayer, load: Tensor) -> None:
+        update = getattr(layer.gate, "update_bias", None)
+        if update is None or not getattr(layer.gate, "bias_balancing", 0.0):
+            return
+        load = load.clone()
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(load)
+        update(load)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Puts all experts, and what the optimizers keep for them, in the place of this rank's."""
+        super().on_save_checkpoint(checkpoint)
+        gather_experts(self, checkpoint, self.trainer.optimizers)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes this rank's experts out of a checkpoint that has all."""
+        super().on_load_checkpoint(checkpoint)
+        scatter_experts(self, checkpoint)
+
+
+def _metrics_of(layer: MoELayer, device: torch.device) -> dict[str, Metric]:
+    ranks = 1 if layer.groups is None else layer.groups.expert_size
+    owners = [expert * ranks // layer.num_experts for expert in range(layer.num_experts)]
+    metrics: dict[str, Metric] = {
+        "load": ExpertLoad(layer.num_experts),
+        "active": MeanActiveExperts(),
+        "drop_rate": DropRate(),
+        "balance_ratio": BalanceRatio(owners),
+    }
+    return {name: metric.to(device) for name, metric in metrics.items()}
