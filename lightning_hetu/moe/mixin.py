@@ -32,9 +32,10 @@ class MoEModuleMixin(LightningModule):
                 loss = ...
                 return loss + self.moe_loss()
 
-    Under DDPStrategy with several processes the experts are shared out, the gradients of shared experts are added, ``gradient_clip_val``
-    counts every expert once, and checkpoints hold all experts under the names of the whole model, so that any number of
-    processes can load them. ``hetu_auto`` and ``hetu_osdp`` shard stacked experts like any other parameters.
+    Under DDPStrategy with several processes the experts are shared out, the gradients of shared experts are added,
+    ``gradient_clip_val`` counts every expert once, and checkpoints hold all experts under the names of the whole model,
+    so that any number of processes can load them. ``hetu_auto`` and ``hetu_osdp`` shard stacked experts like any other
+    parameters.
 
     Attributes:
         expert_parallel: Ranks that share out the experts; ``None`` for all, 1 for none.

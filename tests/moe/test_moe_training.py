@@ -108,7 +108,8 @@ def refused(rank: int, folder: str) -> str:
 
 
 def test_planned_strategies_do_not_share_experts_out(ranks: Any, tmp_path: Path) -> None:
-    wanted = "expert_parallel=2: OSDPStrategy shards experts as it shards all other parameters; leave it out, or use DDPStrategy."
+    wanted = "expert_parallel=2: OSDPStrategy shards experts as it shards all other parameters; leave it out, or use"
+    wanted += " DDPStrategy."
     assert ranks(2).run(refused, str(tmp_path)) == [wanted, wanted]
 
 
