@@ -7,8 +7,8 @@ within eps of its second best one; the expert keeps its n highest bids. When all
 than eps elsewhere, so the sum of scores is at most tokens times eps below the best possible.
 
 In BASE layers (arXiv 2103.16716) experts bid for tokens, and after 100 rounds the bound is given up. Kept up, that took
-2592 rounds of sorting [E, T] for 4096 tokens with normal random scores for 64 experts and the same eps; tokens' bids
-took 48 rounds, each of which sorts [T].
+2592 rounds of sorting [E, T] for 4096 tokens with normal random scores for 64 experts and the same eps. For these
+scores tokens' bids took 48 rounds, each of which sorts [T].
 """
 
 from __future__ import annotations
