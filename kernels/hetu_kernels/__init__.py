@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from hetu_kernels.attention.decode import paged_decode_attention
     from hetu_kernels.attention.varlen import varlen_attention
     from hetu_kernels.loss.linear_cross_entropy import linear_cross_entropy
+    from hetu_kernels.moe.permute import Permuted, permute, unpermute
+    from hetu_kernels.moe.topk_gate import topk_gate
     from hetu_kernels.norm_act.bias_gelu import bias_gelu
     from hetu_kernels.norm_act.layernorm import add_layer_norm, layer_norm
     from hetu_kernels.norm_act.pack import PaddingLayout, pack, padding_layout, unpack
@@ -37,16 +39,21 @@ _EXPORTS = {
     "padding_layout": "norm_act.pack",
     "paged_decode_attention": "attention.decode",
     "PaddingLayout": "norm_act.pack",
+    "permute": "moe.permute",
+    "Permuted": "moe.permute",
     "rms_norm": "norm_act.rmsnorm",
     "rotary": "norm_act.rotary",
     "swiglu": "norm_act.swiglu",
+    "topk_gate": "moe.topk_gate",
     "unpack": "norm_act.pack",
+    "unpermute": "moe.permute",
     "varlen_attention": "attention.varlen",
 }
 
 __all__ = [
     "AdamW",
     "PaddingLayout",
+    "Permuted",
     "adamw",
     "add_layer_norm",
     "add_rms_norm",
@@ -56,10 +63,13 @@ __all__ = [
     "pack",
     "padding_layout",
     "paged_decode_attention",
+    "permute",
     "rms_norm",
     "rotary",
     "swiglu",
+    "topk_gate",
     "unpack",
+    "unpermute",
     "varlen_attention",
 ]
 

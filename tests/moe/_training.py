@@ -88,8 +88,8 @@ def fit(
     watch = Watch()
     options: dict[str, Any] = {"max_epochs": 1, "log_every_n_steps": 1, "use_distributed_sampler": False}
     options |= trainer or {}
-    rows = (rank, ranks)
-    if "strategy" in options:  # one of ours: it cuts global batches
+    rows, ours = (rank, ranks), "strategy" in options
+    if ours:  # it cuts global batches
         rows = (0, 1)
         options |= {"devices": ranks, "use_distributed_sampler": True}
     elif ranks > 1:
@@ -104,7 +104,7 @@ def fit(
     if save is not None:
         runner.save_checkpoint(Path(folder) / save)
     logged = {name: float(value) for name, value in runner.callback_metrics.items()}
-    if "strategy" in options:
+    if ours:
         return {"losses": watch.losses, "step": runner.global_step}
     values = runner._checkpoint_connector.dump_checkpoint(weights_only=False)
     return {

@@ -139,6 +139,9 @@ _SPECS = {
     "rotary": "hetu_kernels.norm_act.rotary_spec",
     "pack": "hetu_kernels.norm_act.pack_spec",
     "unpack": "hetu_kernels.norm_act.unpack_spec",
+    "topk_gate": "hetu_kernels.moe.topk_gate_spec",
+    "permute": "hetu_kernels.moe.permute_spec",
+    "unpermute": "hetu_kernels.moe.unpermute_spec",
 }
 
 
