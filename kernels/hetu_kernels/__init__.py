@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hetu_kernels.attention.decode import paged_decode_attention
     from hetu_kernels.attention.varlen import varlen_attention
     from hetu_kernels.loss.linear_cross_entropy import linear_cross_entropy
+    from hetu_kernels.moe.grouped_gemm import grouped_gemm
     from hetu_kernels.moe.permute import Permuted, permute, unpermute
     from hetu_kernels.moe.topk_gate import topk_gate
     from hetu_kernels.norm_act.bias_gelu import bias_gelu
@@ -28,17 +29,18 @@ if TYPE_CHECKING:
 
 # Public name and the module that has it.
 _EXPORTS = {
+    "adamw": "optim.adamw",
     "AdamW": "optim.optimizer",
     "add_layer_norm": "norm_act.layernorm",
     "add_rms_norm": "norm_act.rmsnorm",
-    "adamw": "optim.adamw",
     "bias_gelu": "norm_act.bias_gelu",
+    "grouped_gemm": "moe.grouped_gemm",
     "layer_norm": "norm_act.layernorm",
     "linear_cross_entropy": "loss.linear_cross_entropy",
     "pack": "norm_act.pack",
     "padding_layout": "norm_act.pack",
-    "paged_decode_attention": "attention.decode",
     "PaddingLayout": "norm_act.pack",
+    "paged_decode_attention": "attention.decode",
     "permute": "moe.permute",
     "Permuted": "moe.permute",
     "rms_norm": "norm_act.rmsnorm",
@@ -58,6 +60,7 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "bias_gelu",
+    "grouped_gemm",
     "layer_norm",
     "linear_cross_entropy",
     "pack",

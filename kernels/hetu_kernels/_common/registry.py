@@ -142,6 +142,7 @@ _SPECS = {
     "topk_gate": "hetu_kernels.moe.topk_gate_spec",
     "permute": "hetu_kernels.moe.permute_spec",
     "unpermute": "hetu_kernels.moe.unpermute_spec",
+    "grouped_gemm": "hetu_kernels.moe.grouped_gemm_spec",
 }
 
 
