@@ -316,6 +316,8 @@ class HybridPlan:
         version = data.pop("version", FORMAT_VERSION)
         if version != FORMAT_VERSION:
             raise ValueError(f"plan.version={version!r}: this release reads version {FORMAT_VERSION}.")
+        if "operators" in data and "layers" not in data:
+            raise ValueError("it is a plan of operators, of hetu_osdp: expected a hybrid-parallel plan, of hetu_auto.")
         required = ("world_size", "global_batch_size", "num_microbatches", "stages", "layers", "embedding", "head")
         missing = [key for key in required if key not in data]
         optional = ("schedule", "virtual_stages", "prediction", "rejected")

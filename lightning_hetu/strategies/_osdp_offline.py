@@ -136,4 +136,4 @@ def _samples_per_second(item: OfflineOSDPPlan) -> float:
 
 def _needed(text: str) -> str:
     start = text.find("the smallest feasible")
-    return text[start:].split(" (")[0] if start >= 0 else text
+    return f"{text[start:].split(':')[0]})" if start >= 0 else text

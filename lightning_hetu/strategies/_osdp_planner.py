@@ -51,6 +51,8 @@ if TYPE_CHECKING:
     from lightning_hetu.strategies.osdp import OSDPStrategy
 
 _USABLE_MEMORY = 0.9
+_LEAST_LIMIT = 1024
+"""Bytes; below it a fraction was meant."""
 _DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
 _ELEMENTWISE = (
     torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adagrad,
@@ -98,7 +100,13 @@ class OSDPRequest:
             wanted = _USABLE_MEMORY
         if isinstance(wanted, float) and 0 < wanted <= 1:
             return None if device_memory is None else int(device_memory * wanted)
-        return parse_bytes(wanted, name="memory_limit")
+        size = parse_bytes(wanted, name="memory_limit")
+        if size < _LEAST_LIMIT:
+            raise ValueError(
+                f"memory_limit={wanted!r}: expected bytes per device, text such as '20GiB', or a fraction of the"
+                " device's memory from above 0.0 to 1.0."
+            )
+        return size
 
 
 def model_units(

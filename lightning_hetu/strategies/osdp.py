@@ -83,6 +83,9 @@ class OSDPStrategy(PlannedStrategy):
         process_group_backend: Literal["nccl", "gloo"] | None = None,
         timeout: timedelta | None = default_pg_timeout,
     ) -> None:
+        for name, value in (("modes", modes), ("whole", whole)):
+            if isinstance(value, str):
+                raise ValueError(f"{name}={value!r}: expected a list, [{value!r}].")
         super().__init__(process_group_backend, timeout)
         self._request = OSDPRequest(
             plan, memory_limit, tuple(modes), max_slices, tuple(whole), accumulation, profile_cache

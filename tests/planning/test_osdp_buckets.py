@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from lightning_hetu.planning import HybridPlan, LayerStrategy
 from lightning_hetu.planning.osdp import CallOverhead, HostLink, Operator, OperatorCosts, OperatorPlan, OSDPPlan, Ring
 from lightning_hetu.planning.osdp.buckets import largest_replicated, with_buckets
 from lightning_hetu.planning.osdp.costs import CollectiveCount
@@ -43,9 +44,11 @@ def test_buckets_are_filled_from_the_end() -> None:
 def test_who_shares_a_bucket() -> None:
     """Replicated and trained ones in one dtype; what lies between does not matter, what lies inside does."""
     sizes = dict.fromkeys(["a", "b", "b.in", "c", "d"], 10)
-    assert buckets(joined(sizes, 10**6, {"c": "z2"})) == [["a", "b"], ["b.in", "d"]]
+    assert buckets(joined(sizes, 10**6, {"c": "z2"})) == [["a", "b.in", "d"]]  # b is around b.in
     frozen = Operator("d", 10, trained=False)
-    assert buckets(joined(sizes, 10**6, d=frozen)) == [["a", "b"], ["b.in", "c"]]
+    assert buckets(joined(sizes, 10**6, d=frozen)) == [["a", "b.in", "c"]]
+    blocks = dict.fromkeys(["x", "x.in", "y", "y.in"], 10)
+    assert buckets(joined(blocks, 10**6)) == [["x", "y"], ["x.in", "y.in"]]
     half = Operator("a", 10, dtype_bytes=2)
     assert buckets(joined({"a": 10, "b": 10, "c": 10}, 10**6, a=half)) == [["b", "c"]]
     assert buckets(joined({"a": 10, "b": 10}, 10)) == []
@@ -70,3 +73,12 @@ def test_overhead_of_calls_is_added_once_per_call() -> None:
     assert link.seconds("all_gather", 4, 100) == 0.5 + RING.seconds("all_gather", 4, 100)
     assert link.seconds("all_gather", 1, 100) == link.seconds("all_gather", 4, 0) == 0
     assert link.host_seconds_per_byte == 1e-10
+
+
+def test_plans_of_the_other_kind_are_named() -> None:
+    plan = joined({"a": 10}, 10)
+    with pytest.raises(ValueError, match="it is a plan of operators, of hetu_osdp: expected a hybrid-parallel plan"):
+        HybridPlan.from_dict(plan.to_dict())
+    other = HybridPlan.uniform(LayerStrategy(dp=2), num_layers=1, global_batch_size=2)
+    with pytest.raises(ValueError, match="it is a hybrid-parallel plan, of hetu_auto: expected a plan of operators"):
+        OSDPPlan.from_dict(other.to_dict())

@@ -250,14 +250,17 @@ def test_more_memory_is_never_slower(layers: int) -> None:
     assert sum(caught.value.smallest.values()) == low
     with pytest.raises(OSDPInfeasibleError):
         solve(profile.operators, low - 1, **arguments)
-    high = solve(profile.operators, None, **arguments).peak_memory
-    before = float("inf")
+    fastest = solve(profile.operators, None, **arguments)
+    high, before = fastest.peak_memory, float("inf")
     for number in range(5):
         limit = low + (high - low) * number // 4
         plan = solve(profile.operators, limit, **arguments)
         assert plan.peak_memory <= limit
         assert plan.communication_seconds <= before * (1 + 1e-9)
         before = plan.communication_seconds
+        # A faster plan has its price, and none is told where there is no faster one.
+        assert (plan.shadow_price > 0) == (plan.communication_seconds > fastest.communication_seconds)
+        assert (plan.proof == "complete") == (plan.gap < 1e-9)
     assert plan.peak_memory == high and plan.proof == "complete"
 
 

@@ -100,6 +100,9 @@ def test_plans_within_the_limit_train_the_same(ranks: Any, tmp_path: Any) -> Non
     [
         ({"memory_limit": "much"}, "memory_limit='much'"),
         ({"memory_limit": 0}, "memory_limit=0"),
+        ({"memory_limit": 1.5}, "or a fraction of the device's memory from above 0.0 to 1.0"),
+        ({"memory_limit": 1}, "memory_limit=1: expected bytes per device"),
+        ({"modes": "zdp"}, "modes='zdp': expected a list, ['zdp']."),
         ({"modes": []}, "modes=[]: expected names of modes"),
         ({"modes": ["zero3"]}, "mode 'zero3': expected dp, z2, zdp, off, or zdp-k"),
         ({"max_slices": 0}, "max_slices=0: expected an integer of at least 1"),

@@ -208,8 +208,12 @@ def _contains(outer: str, inner: str) -> bool:
 def _join_small(root: nn.Module, calls: _Calls, owners: dict[str, str]) -> dict[str, str]:
     """Lets small units join that of the module which calls theirs."""
     sizes: Counter[str] = Counter()
+    shardable: set[str] = set()
     for parameter, owner in owners.items():
-        sizes[owner] += root.get_parameter(parameter).numel()
+        tensor = root.get_parameter(parameter)
+        sizes[owner] += tensor.numel()
+        if tensor.ndim and tensor.numel():
+            shardable.add(owner)
     parents: dict[str, str] = {}
     for owner in sizes:
         chains = [
@@ -219,7 +223,8 @@ def _join_small(root: nn.Module, calls: _Calls, owners: dict[str, str]) -> dict[
             for chain in calls.chains.get(id(root.get_parameter(name)), ())
         ]
         outer = [name for name in calls.around(chains) if name != owner and _contains(name, owner)] if chains else []
-        if owner != ROOT and outer:
+        # The unit of the whole model cannot be replicated, so only what is whole anyway joins that.
+        if owner != ROOT and outer and (outer[0] != ROOT or owner not in shardable):
             around = sum(parameter.numel() for parameter in _module(root, outer[0]).parameters())
             if sizes[owner] < SMALL_SHARE * around:
                 parents[owner] = outer[0]

@@ -37,21 +37,25 @@ def with_buckets(
         bucket_bytes: Most bytes of gradients in a bucket; a larger operator is one of its own.
     """
     known = {operator.name: operator for operator in operators}
-    open_: dict[tuple[int, int, int], list[OperatorPlan]] = {}
+    # One inside of another cannot be in the same bucket, so several may be open at a time.
+    open_: dict[tuple[int, int, int], list[list[OperatorPlan]]] = {}
     filled: list[list[OperatorPlan]] = []
     for row in reversed(plan.operators):
         operator = known[row.name]
         if row.parts != (("dp", 1),) or row.tied or row.name not in joinable or not operator.trained:
             continue
         key = operator.dtype_bytes, *dtypes(operator)
-        bucket = open_.setdefault(key, [])
-        size = key[2] * (operator.parameters + sum(known[other.name].parameters for other in bucket))
-        if bucket and (size > bucket_bytes or any(_nested(row.name, other.name) for other in bucket)):
-            filled.append(bucket)
-            bucket = open_[key] = []
+        buckets = open_.setdefault(key, [])
+        bucket = next((b for b in buckets if not any(_nested(row.name, other.name) for other in b)), None)
+        if bucket is None:
+            buckets.append([row])
+            continue
+        if key[2] * (operator.parameters + sum(known[other.name].parameters for other in bucket)) > bucket_bytes:
+            filled.append(bucket[:])
+            bucket.clear()
         bucket.append(row)
     changed: dict[str, OperatorPlan] = {}
-    for bucket in (*filled, *open_.values()):
+    for bucket in (*filled, *(bucket for buckets in open_.values() for bucket in buckets)):
         if len(bucket) > 1:
             first, *others = bucket[::-1]
             calls = _together([count for row in bucket for count in row.collectives])

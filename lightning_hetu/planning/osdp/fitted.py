@@ -22,7 +22,7 @@ from lightning_hetu.planning.osdp.costs import MemoryConstants, Option, Part
 from lightning_hetu.planning.osdp.fsdp2 import Runtime
 from lightning_hetu.planning.osdp.plan import OSDPPlan
 from lightning_hetu.planning.osdp.problem import OSDPInfeasibleError, Problem
-from lightning_hetu.planning.osdp.solver import Item, Solution, solve_knapsack
+from lightning_hetu.planning.osdp.solver import Item, Proof, Solution, solve_knapsack
 from lightning_hetu.planning.osdp.staircase import Choices, descend
 from lightning_hetu.planning.osdp.timeline import ROOT, StepProfile, StepSettings, play_owners, play_step
 from lightning_hetu.planning.units import format_bytes
@@ -35,6 +35,8 @@ _OPTIONS = 8
 """Options of an operator that are looked at on the way down, besides those that leave it whole."""
 _DEPTH = 10
 """Halvings of the limit of the sum."""
+_PROVEN = 1e-9
+"""Gaps below this are rounding."""
 _NOTHING_BUT_KEPT = MemoryConstants(0.0, 0.0, 0.0, gradients_replace_gathered=False)
 
 
@@ -114,8 +116,9 @@ class FittedProblem:
         best = min(fitting, key=lambda plan: (plan.communication_seconds, plan.peak_memory))
         hurried = any(plan.proof == "time limit" for plan in tried)
         gap = self._gap(best, limit, batch_size, share)
-        proof = best.proof if not gap else "time limit" if hurried else "bounded"
-        return replace(best, memory_limit=limit, gap=gap, proof=proof)
+        proof: Proof = "complete" if gap < _PROVEN else "time limit" if hurried else "bounded"
+        price = _price_of_memory(best, [fastest, *tried], limit)
+        return replace(best, memory_limit=limit, gap=gap, proof=proof, shadow_price=price)
 
     def _descent(self, limit: int, batch_size: int) -> Iterator[OSDPPlan]:
         """Plans along the staircase: all of them, or those that bisection visits if there are many."""
@@ -245,6 +248,12 @@ class FittedProblem:
 
     def _least(self, batch_size: int) -> int:
         return min(plan.peak_memory for plan in self._small_plans(batch_size, 1.0, 0))
+
+
+def _price_of_memory(best: OSDPPlan, others: Sequence[OSDPPlan], limit: int) -> float:
+    """Seconds saved per byte on the way to the plan that saves most for what it needs beyond the limit."""
+    saved = ((best.communication_seconds - plan.communication_seconds, plan.peak_memory - limit) for plan in others)
+    return max((seconds / size for seconds, size in saved if size > 0 and seconds > 0), default=0.0)
 
 
 def _worth_a_look(options: Sequence[Option]) -> list[int]:

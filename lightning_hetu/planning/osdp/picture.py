@@ -63,7 +63,7 @@ def _title(plan: OSDPPlan) -> str:
     ranks = plan.world_size
     return (
         f"memory of one step on each of {ranks} rank{'s' * (ranks > 1)}: at most {format_bytes(plan.peak_memory)},"
-        f" predicted step {format_seconds(plan.overlapped_seconds or plan.seconds)}"
+        f" predicted step {format_seconds(plan.seconds)}"
     )
 
 

@@ -113,8 +113,8 @@ class OSDPPlan:
         gap: How much less communication time any other plan can have at most, relative to this one's; 0 is proven best.
         proof: How the search ended; see ``solver.Solution``.
         shadow_price: Seconds saved per byte of a higher limit: the slope, at the limit, of the relaxed problem in which
-            operators may be split at will between their options, for the largest transient of this plan. 0 where the
-            fastest options fit.
+            operators may be split at will between their options, for the largest transient of this plan. Of a played
+            plan, on the way to the faster plan that is best worth the memory it needs. 0 where the fastest options fit.
         points: Memory over one optimizer step, if it was played; then the peak is that of these points, and the
             figures of the operators are what the search went by.
 
@@ -248,6 +248,8 @@ class OSDPPlan:
         version = data.pop("version", FORMAT_VERSION)
         if version != FORMAT_VERSION:
             raise ValueError(f"plan.version={version!r}: this release reads version {FORMAT_VERSION}.")
+        if "layers" in data and "operators" not in data:
+            raise ValueError("it is a hybrid-parallel plan, of hetu_auto: expected a plan of operators, of hetu_osdp.")
         try:
             operators = tuple(OperatorPlan(**item) for item in data.pop("operators"))
             return cls(operators=operators, **data)

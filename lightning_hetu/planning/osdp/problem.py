@@ -53,7 +53,7 @@ class OSDPInfeasibleError(NoFeasiblePlanError):
         helps = f" What would help: {'; '.join(suggestions)}." if suggestions else ""
         self.args = (
             f"memory_limit={memory_limit} ({format_bytes(memory_limit)} per rank): no plan fits; the smallest feasible"
-            f" memory_limit is {total} ({parts}); the operator with the largest buffers is"
+            f" memory_limit is {total} ({format_bytes(total)}: {parts}); the operator with the largest buffers is"
             f" {largest_operator!r}.{helps}",
         )
 

@@ -173,7 +173,10 @@ def _problem(
     if profile is None:
         return Problem.build(operators, costs, base)
     dtypes = {**profile.dtypes, **costs.operator_dtypes}
-    costs = replace(costs, operator_dtypes=dtypes, bucket_bytes=BUCKET_BYTES)
+    costs = replace(costs, operator_dtypes=dtypes)
+    # No bucket is larger than all gradients together.
+    everything = sum(costs.dtypes(operator)[1] * operator.parameters for operator in profile.operators)
+    costs = replace(costs, bucket_bytes=max(min(BUCKET_BYTES, everything), 1))
     return FittedProblem(Problem.build(operators, costs, base), profile, runtime)
 
 
