@@ -20,7 +20,7 @@ from hetu_kernels._common.bench import CudaMeter, Meter, Settings, measure_limit
 from hetu_kernels._common.bench_report import Report, Row, goals, table, versions
 from hetu_kernels._common.bench_run import DeviceLostError, run_benchmark
 from hetu_kernels._common.device import MODE_VARIABLE, interpreting, mode
-from hetu_kernels._common.registry import op_names, op_spec
+from hetu_kernels._common.registry import op_names, op_spec, ops_in_folder
 
 _TABLES = Path(__file__).parent / "tables"
 
@@ -69,14 +69,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m hetu_kernels.bench", description=__doc__)
-    parser.add_argument("ops", nargs="*", metavar="op", help=f"operators, default all: {', '.join(op_names())}")
+    parser.add_argument(
+        "ops",
+        nargs="*",
+        metavar="op",
+        help=f"operators, or folders of them such as moe; default all: {', '.join(op_names())}",
+    )
     parser.add_argument("--peers", action="store_true", help="all peers; otherwise ours and torch eager")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there, after every benchmark")
     parser.add_argument("--resume", action="store_true", help="leave out what --json has already")
     parser.add_argument("--from-json", type=Path, metavar="FILE", help="measure nothing: print and plot that report")
     parser.add_argument("--plot", type=Path, metavar="FOLDER", help="draw a bar chart per operator there")
     parser.add_argument("--plot-format", choices=bench_plot.FORMATS, default="svg")
-    parser.add_argument("--device", default="cuda", help="cuda, cuda:1, ..., or cpu (with --tiny)")
+    parser.add_argument("--device", help="cuda, cuda:1, ..., or cpu (with --tiny); default: what there is")
     parser.add_argument("--tiny", action="store_true", help="call everything once at tiny shapes, to see that it runs")
     parser.add_argument("--rep", type=float, default=Settings.rep_ms, metavar="MS", help="per measurement, default 200")
     parser.add_argument("--tune", action="store_true", help="tune configurations that the tables have not yet")
@@ -87,6 +92,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _meter(options: argparse.Namespace) -> Meter:
     """The device, or an error that says how to go on without it."""
+    if options.device is None:
+        options.device = "cuda"
+        if not torch.cuda.is_available() and not options.tune:
+            options.device, options.tiny = "cpu", True
+            print("no GPU: every benchmark is called at its tiny shape, and times say little", file=sys.stderr)
     try:
         device = torch.device(options.device)
     except RuntimeError:
@@ -119,7 +129,8 @@ def _run(options: argparse.Namespace, command: str) -> Report:
         raise ValueError("--resume: needs --json, the report to go on with")
     if options.rep <= 0:
         raise ValueError(f"--rep {options.rep:g}: expected milliseconds above 0")
-    work = [(spec, benchmark) for spec in map(op_spec, options.ops or op_names()) for benchmark in spec.benchmarks()]
+    names = dict.fromkeys(op for name in options.ops or op_names() for op in ops_in_folder(name) or (name,))
+    work = [(spec, benchmark) for spec in map(op_spec, names) for benchmark in spec.benchmarks()]
     meter = _meter(options)
     if options.tune:
         os.environ[config.AUTOTUNE_VARIABLE] = "1"

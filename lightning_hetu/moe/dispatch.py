@@ -7,6 +7,7 @@ threads run.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +61,29 @@ class Dispatch:
             ``[tokens, dim]`` in the dtype of the rows; zero for tokens without an expert. Differentiable.
         """
         return _Combine.apply(rows, weights, self.token_of, self.position_of)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def sort_by_kernels(
+    x: Tensor, expert_ids: Tensor, num_experts: int
+) -> tuple[Tensor, Tensor, Callable[[Tensor, Tensor], Tensor]]:
+    """The same by the kernels of ``hetu_kernels``, in the same order.
+
+    Args:
+        x: ``[tokens, dim]``.
+        expert_ids: int64 ``[tokens, choices]``; -1 is no expert.
+        num_experts: Number of experts.
+
+    Returns:
+        What :meth:`Dispatch.rows` gives, ``Dispatch.counts``, and a function for :meth:`Dispatch.combine`.
+    """
+    from hetu_kernels import permute, unpermute
+
+    sorted_ = permute(x, expert_ids.to(torch.int32), num_experts)
+
+    def combine(rows: Tensor, weights: Tensor) -> Tensor:
+        return unpermute(rows, sorted_.position_of, weights)
+
+    return sorted_.rows, sorted_.offsets.diff().to(torch.int64), combine
 
 
 def _gathered(rows: Tensor, position_of: Tensor, choice: int) -> Tensor:

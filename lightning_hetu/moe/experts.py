@@ -69,15 +69,19 @@ class Experts(nn.Module):
         Returns:
             ``[rows, dim]``. It hangs on the graph also where there are no rows, and then gives gradients of zero.
         """
-        backend = self.backend
-        if backend == "auto":
-            backend = "triton" if rows.is_cuda else "loop"
+        backend = self.product_of(rows)
         hidden = self._product(rows, self.w1, counts, backend)
         if self.w3 is not None:
             hidden = F.silu(hidden) * self._product(rows, self.w3, counts, backend)
         else:
             hidden = F.relu(hidden) if self.activation == "relu" else F.gelu(hidden)
         return self._product(hidden, self.w2, counts, backend)
+
+    def product_of(self, rows: Tensor) -> str:
+        """What multiplies such rows: the backend, ``auto`` decided."""
+        if self.backend != "auto":
+            return self.backend
+        return "triton" if rows.is_cuda and rows.dtype != torch.float64 else "loop"
 
     def _product(self, rows: Tensor, weight: Tensor, counts: Tensor, backend: str) -> Tensor:
         if torch.is_autocast_enabled(rows.device.type):

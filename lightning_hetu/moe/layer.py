@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from lightning_hetu.moe.dispatch import Dispatch
+from lightning_hetu.moe.dispatch import Dispatch, sort_by_kernels
 from lightning_hetu.moe.exchange import Exchange
 from lightning_hetu.moe.expert_mesh import ExpertMesh
 from lightning_hetu.moe.experts import Activation, Backend, Experts
@@ -122,16 +122,16 @@ class MoELayer(nn.Module):
         self.losses = dict(decided.losses)
         self.last = decided.detach()
         expert_ids = decided.expert_ids.masked_fill(decided.dropped, -1)
-        dispatch = Dispatch.build(expert_ids, self.num_experts)
-        rows = dispatch.rows(tokens)
-        rows = self._at_home(rows, dispatch.counts) if self.groups is None else self._spread(rows, dispatch.counts)
-        out = dispatch.combine(rows, decided.weights)
+        if self.experts.product_of(tokens) == "triton":
+            rows, counts, combine = sort_by_kernels(tokens, expert_ids, self.num_experts)
+        else:
+            dispatch = Dispatch.build(expert_ids, self.num_experts)
+            rows, counts, combine = dispatch.rows(tokens), dispatch.counts, dispatch.combine
+        rows = self.experts(rows, counts) if self.groups is None else self._spread(rows, counts)
+        out = combine(rows, decided.weights)
         if decided.residual is not None:
             out = out + decided.residual.to(tokens.dtype).unsqueeze(-1) * tokens
         return out.view(*x.shape[:-1], out.shape[-1])
-
-    def _at_home(self, rows: Tensor, counts: Tensor) -> Tensor:
-        return self.experts(rows, counts)  # type: ignore[no-any-return]
 
     def _spread(self, rows: Tensor, counts: Tensor) -> Tensor:
         """The experts' results for rows that are sorted by expert, wherever the experts are."""

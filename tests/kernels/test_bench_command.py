@@ -221,7 +221,8 @@ def test_gpu_is_chosen_and_kernels_may_not_fall_back(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "--device cpu --tiny"),
+        (["--device", "cuda"], "--device cpu --tiny"),
+        (["--tune"], "--device cuda: torch finds no GPU"),
         (["--device", "cuda:1"], "--device cuda:1: torch finds no GPU"),
         (["--device", "cpu"], "only with --tiny"),
         (["--device", "tpu"], "expected cuda, cuda:<number> or cpu"),
@@ -245,6 +246,17 @@ def test_wrong_arguments_are_one_line_and_status_2(
     out, err = capsys.readouterr()
     assert status == 2 and out == ""
     assert err.startswith("error: ") and words in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks what happens without a GPU")
+def test_folders_run_on_whatever_device_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """All operators of a mixture of experts beside torch, at tiny shapes where there is no GPU."""
+    assert bench.main(["moe"]) == 0
+    out, err = capsys.readouterr()
+    assert "no GPU: every benchmark is called at its tiny shape" in err
+    for name in ("topk_gate", "permute", "unpermute", "grouped_gemm"):
+        assert name in out
+    assert "swiglu" not in out and "torch eager" in out
 
 
 def test_file_that_is_no_report_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

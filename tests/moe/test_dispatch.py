@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_hetu.moe.dispatch import Dispatch
 from lightning_hetu.moe.experts import Experts
+from lightning_hetu.moe.layer import MoELayer
 
 EXPERTS, DIM = 4, 3
 
@@ -131,3 +132,28 @@ def test_sizes_and_options_are_checked() -> None:
         Experts(2, 4, 4, "tanh")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="backend='cuda': expected one of auto, loop, torch, triton"):
         Experts(2, 4, 4, backend="cuda")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("gate", ["switch", "topk", "dts"])
+def test_layers_on_kernels_give_the_same(gate: str) -> None:
+    """Sorting, products and sums by hetu_kernels: the same layer, forward and backward; also with dropped tokens."""
+    results = []
+    for backend in ("loop", "triton"):
+        torch.manual_seed(0)
+        options = {"capacity_factor": 0.5} if gate == "switch" else {}
+        layer = MoELayer(8, 16, EXPERTS, gate, options, backend=backend).eval()  # type: ignore[arg-type]
+        x = torch.randn(2, 9, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        out = layer(x)
+        out.square().sum().backward()
+        results.append([out.detach(), x.grad, *(parameter.grad for parameter in layer.parameters())])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_nobody_has_an_expert() -> None:
+    """All dropped: zeros, and gradients of zero for every weight."""
+    layer = MoELayer(8, 16, EXPERTS, "switch", {"capacity_factor": 0.0})
+    out = layer(torch.randn(5, 8))
+    assert not out.any()
+    out.sum().backward()
+    assert all(weight.grad is not None and not weight.grad.any() for weight in layer.experts.parameters())

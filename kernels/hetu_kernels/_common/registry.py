@@ -151,6 +151,11 @@ def op_names() -> tuple[str, ...]:
     return tuple(_SPECS)
 
 
+def ops_in_folder(name: str) -> tuple[str, ...]:
+    """The operators in a folder such as ``moe``, in the order of the list; none if there is no such folder."""
+    return tuple(op for op, module in _SPECS.items() if module.startswith(f"hetu_kernels.{name}."))
+
+
 def op_spec(name: str) -> OpSpec:
     """The spec of one operator.
 
