@@ -15,6 +15,7 @@ from torchmetrics import Metric
 
 from lightning_hetu.moe.checkpoint import gather_experts, scatter_experts
 from lightning_hetu.moe.expert_mesh import ExpertMesh
+from lightning_hetu.moe.gates import TopKGate
 from lightning_hetu.moe.gradients import clip_with_experts, expert_parameters, moe_layers, sync_expert_gradients
 from lightning_hetu.moe.layer import MoELayer
 from lightning_hetu.moe.metrics import BalanceRatio, DropRate, ExpertLoad, MeanActiveExperts
@@ -46,9 +47,10 @@ class MoEModuleMixin(LightningModule):
     expert_parallel: int | None = None
     devices_per_node: int | None = None
     moe_coefficients: Mapping[str, float] = {"balance": 1e-2, "z": 1e-3, "alignment": 1e-2}
-    _moe_loads: list[Tensor] | None = None
+    _moe_loads: dict[int, Tensor]
+    """Assignments per expert since the last optimizer step, by the number of the layer."""
     _moe_step = 0
-    _moe_metrics: list[dict[str, Metric]] | None = None
+    _moe_metrics: list[dict[str, Metric]]
 
     def moe_loss(self) -> Tensor:
         """Sum over layers of the gates' losses times their coefficients, of the last forward pass.
@@ -117,36 +119,39 @@ class MoEModuleMixin(LightningModule):
     def on_train_start(self) -> None:
         """Makes the figures of every layer."""
         super().on_train_start()
-        self._moe_step, self._moe_loads = self.trainer.global_step, None
+        self._moe_step, self._moe_loads = self.trainer.global_step, {}
         # In a list, so that they are no part of the model.
         self._moe_metrics = [_metrics_of(layer, self.device) for layer in moe_layers(self)]
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        """Forgets the losses of the batch before: a layer may be left out of this one."""
+        for layer in moe_layers(self):
+            layer.losses, layer.last = {}, None
+        return super().on_train_batch_start(batch, batch_idx)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Counts where the batch went; after an optimizer step it logs that, and moves the biases of gates."""
         super().on_train_batch_end(outputs, batch, batch_idx)
-        layers = [layer for layer in moe_layers(self) if layer.last is not None]
+        layers = list(moe_layers(self))
         if not layers:
             return
-        loads = [layer.last.tokens_per_expert for layer in layers if layer.last is not None]
-        self._moe_loads = (
-            loads if self._moe_loads is None else [a + b for a, b in zip(self._moe_loads, loads, strict=True)]
-        )
-        for layer, metrics in zip(moe_layers(self), self._moe_metrics or (), strict=True):
-            for metric in metrics.values() if layer.last is not None else ():
-                metric.update(layer.last)
+        for number, layer in enumerate(layers):
+            if layer.last is not None:
+                loads = layer.last.tokens_per_expert
+                self._moe_loads[number] = self._moe_loads[number] + loads if number in self._moe_loads else loads
+                for metric in self._moe_metrics[number].values():
+                    metric.update(layer.last)
         if self.trainer.global_step == self._moe_step:
             return
         self._moe_step = self.trainer.global_step
-        for layer, load in zip(layers, self._moe_loads, strict=True):
-            self._move_bias(layer, load)
-        self._moe_loads = None
+        for number, layer in enumerate(layers):
+            self._move_bias(layer, self._moe_loads.get(number))
+        self._moe_loads = {}
         if self._moe_step % cast(Any, self.trainer).log_every_n_steps == 0:
             self.log_moe_metrics()
 
     def log_moe_metrics(self) -> None:
         """Logs the figures of all layers since the last time, under ``moe/``, and starts them anew."""
-        if self._moe_metrics is None:
-            return
         found: dict[str, list[Tensor]] = {}
         for of_layer in self._moe_metrics:
             for name, metric in of_layer.items():
@@ -158,14 +163,14 @@ class MoEModuleMixin(LightningModule):
         self.log_dict({name: torch.stack(values).mean() for name, values in found.items()})
 
     @staticmethod
-    def _move_bias(layer: MoELayer, load: Tensor) -> None:
-        update = getattr(layer.gate, "update_bias", None)
-        if update is None or not getattr(layer.gate, "bias_balancing", 0.0):
+    def _move_bias(layer: MoELayer, load: Tensor | None) -> None:
+        gate = layer.gate
+        if not isinstance(gate, TopKGate) or not gate.bias_balancing:
             return
-        load = load.clone()
+        load = gate.weight.new_zeros(layer.num_experts, dtype=torch.int64) if load is None else load.clone()
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(load)
-        update(load)
+        gate.update_bias(load)
 
     # ------------------------------------------------------------------ checkpoints
 
