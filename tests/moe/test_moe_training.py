@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 
 from lightning_hetu.moe.gates import Gate
-from tests.moe._training import DIM, EXPERTS, fit
+from tests.moe._training import DIM, EXPERTS, Small, data, fit
 
 RANKS = 4
 GLOBAL = {"gate": "topk", "gate_options": {"k": 2, "balance_scope": "global", "z_loss": True}}
@@ -113,9 +114,33 @@ def test_planned_strategies_do_not_share_experts_out(ranks: Any, tmp_path: Path)
     assert ranks(2).run(refused, str(tmp_path)) == [wanted, wanted]
 
 
-def test_losses_without_a_coefficient_are_named() -> None:
-    from tests.moe._training import Small
+class Skipping(Small):
+    """Leaves its second layer out of every other batch."""
 
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        x, y = batch
+        x = torch.tanh(self.into(x))
+        for layer in self.layers[: 1 + batch_idx % 2]:
+            x = x + layer(x)
+        loss = self.moe_loss()
+        assert sum(bool(layer.losses) for layer in self.layers) == 1 + batch_idx % 2
+        return (self.out(x).squeeze(-1) - y).square().mean() + loss
+
+
+def test_a_layer_may_be_left_out_of_a_batch(tmp_path: Path) -> None:
+    """It has no losses then, and its bias moves by the batches that it saw."""
+    torch.manual_seed(0)
+    model = Skipping(gate="topk", gate_options={"bias_balancing": 0.01})
+    trainer = Trainer(
+        accelerator="cpu", devices=1, max_epochs=1, accumulate_grad_batches=2, logger=False, log_every_n_steps=1,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(model, data(0, 1))
+    assert trainer.global_step == 2
+    assert all(layer.gate.expert_bias.any() for layer in model.layers)
+
+
+def test_losses_without_a_coefficient_are_named() -> None:
     model = Small(gate="topk", gate_options={"z_loss": True})
     model.moe_coefficients = {"balance": 1.0}
     model(torch.randn(3, DIM))
