@@ -133,12 +133,12 @@ def model_units(
             with forget_fake_tensors(), FakeTensorMode(allow_non_fake_inputs=True):
                 copied = fake_copy(module, device, shared=(trainer,))
                 rows = fake_batch(batch, batch_samples(batch), device)
-                return find_units(copied, partial(run, copied, rows), whole=request.whole)
+                return find_units(copied, partial(run, copied, rows), whole=request.whole, small_join_root=False)
         except _DATA_DEPENDENT:
             module.to(device)
             rows = trainer.strategy.batch_to_device(first_rows(batch, batch_samples(batch), 1), device)
             with untouched(module, device):
-                return find_units(module, partial(run, module, rows), whole=request.whole)
+                return find_units(module, partial(run, module, rows), whole=request.whole, small_join_root=False)
 
 
 def looks_at_whole_tensors(optimizers: Sequence[Optimizer]) -> str | None:

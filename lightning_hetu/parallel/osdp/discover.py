@@ -57,13 +57,16 @@ class Unit:
     half: torch.dtype | None = None
 
 
-def find_units(root: nn.Module, run: Callable[[], Any], *, whole: Collection[str] = ()) -> tuple[Unit, ...]:
+def find_units(
+    root: nn.Module, run: Callable[[], Any], *, whole: Collection[str] = (), small_join_root: bool = True
+) -> tuple[Unit, ...]:
     """The units of a model in the order in which they are first called; those that are never called come last.
 
     Args:
         root: The model, on any device, also with fake tensors.
         run: Runs one forward pass of a step.
         whole: Names of classes whose modules are not to be looked into: all parameters below are one unit.
+        small_join_root: Whether small units join that of ``root`` too. It cannot be replicated in an OSDP plan.
 
     Raises:
         ValueError: If a name in ``whole`` is the class of no module, or the step changes a parameter.
@@ -75,7 +78,7 @@ def find_units(root: nn.Module, run: Callable[[], Any], *, whole: Collection[str
     calls = _Calls(root)
     calls.watch(run)
     owners = _owners(root, calls, frozenset(whole))
-    owners = _join_small(root, calls, owners)
+    owners = _join_small(root, calls, owners, small_join_root)
     order = {name: position for position, name in enumerate(calls.order)}
     names: dict[str, list[str]] = {}
     for parameter, owner in owners.items():
@@ -205,7 +208,7 @@ def _contains(outer: str, inner: str) -> bool:
     return outer == ROOT or inner == outer or inner.startswith(f"{outer}.")
 
 
-def _join_small(root: nn.Module, calls: _Calls, owners: dict[str, str]) -> dict[str, str]:
+def _join_small(root: nn.Module, calls: _Calls, owners: dict[str, str], join_root: bool) -> dict[str, str]:
     """Lets small units join that of the module which calls theirs."""
     sizes: Counter[str] = Counter()
     shardable: set[str] = set()
@@ -223,8 +226,8 @@ def _join_small(root: nn.Module, calls: _Calls, owners: dict[str, str]) -> dict[
             for chain in calls.chains.get(id(root.get_parameter(name)), ())
         ]
         outer = [name for name in calls.around(chains) if name != owner and _contains(name, owner)] if chains else []
-        # The unit of the whole model cannot be replicated, so only what is whole anyway joins that.
-        if owner != ROOT and outer and (outer[0] != ROOT or owner not in shardable):
+        # What is whole anyway may join the root in any case.
+        if owner != ROOT and outer and (join_root or outer[0] != ROOT or owner not in shardable):
             around = sum(parameter.numel() for parameter in _module(root, outer[0]).parameters())
             if sizes[owner] < SMALL_SHARE * around:
                 parents[owner] = outer[0]
