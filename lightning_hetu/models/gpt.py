@@ -282,6 +282,13 @@ class GPT(nn.Module):
         return self.head(x)
 
 
+def example_tokens(config: GPTConfig, batch_size: int) -> tuple[Tensor, Tensor]:
+    """Random ``(tokens, targets)`` of the full context length, int64 ``[batch_size, max_seq_len]``; always the same."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(config.vocab_size, (batch_size, config.max_seq_len + 1), generator=generator)
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
 def _branch_output_scale(config: GPTConfig) -> float:
     """Two branches per block add to the residual stream; this keeps its variance independent of depth (GPT-2)."""
     return 1 / math.sqrt(2 * config.num_layers)

@@ -6,11 +6,10 @@ every other strategy runs it as it stands.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_hetu.models.gpt import GPT, GPTConfig
+from lightning_hetu.models.gpt import GPT, GPTConfig, example_tokens
 from lightning_hetu.models.optimization import LearningRateSchedule, TrainedByAdamW
 from lightning_hetu.parallel.pipeline_mixin import PipelineMixin
 
@@ -148,10 +147,7 @@ class GPTLightningModule(PipelineMixin, TrainedByAdamW):
         Returns:
             ``(tokens, targets)``, both int64 ``[batch_size, max_seq_len]`` on the CPU; the same at every call.
         """
-        config = self.model.config
-        generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(config.vocab_size, (batch_size, config.max_seq_len + 1), generator=generator)
-        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        return example_tokens(self.model.config, batch_size)
 
     def _evaluate(self, stage: str, batch: tuple[Tensor, Tensor]) -> None:
         tokens, targets = batch

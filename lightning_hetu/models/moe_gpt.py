@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_hetu.models.gpt import CausalSelfAttention, GPTConfig, GPTEmbedding, GPTHead
+from lightning_hetu.models.gpt import CausalSelfAttention, GPTConfig, GPTEmbedding, GPTHead, example_tokens
 from lightning_hetu.models.optimization import LearningRateSchedule, TrainedByAdamW
 from lightning_hetu.moe import MoELayer, MoEModuleMixin
 from lightning_hetu.moe.experts import Activation, Backend
@@ -164,7 +163,4 @@ class MoEGPTLightningModule(MoEModuleMixin, TrainedByAdamW):
 
     def example_batch(self, batch_size: int) -> tuple[Tensor, Tensor]:
         """Random tokens of the model's full context length; see :meth:`GPTLightningModule.example_batch`."""
-        config = self.model.config
-        generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(config.vocab_size, (batch_size, config.max_seq_len + 1), generator=generator)
-        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        return example_tokens(self.model.config, batch_size)

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_
 
 from lightning_hetu.moe.layer import MoELayer
 from lightning_hetu.parallel.clip import clip_gradients_by_norm
@@ -81,10 +82,8 @@ def clip_with_experts(module: nn.Module, parameters: Iterable[nn.Parameter], max
     if sharded:
         squared += clip_gradients_by_norm(sharded, float("inf")).double() ** 2  # nothing is scaled yet
     norm = squared.sqrt()
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for parameter in parameters:
-        assert parameter.grad is not None
-        parameter.grad.mul_(scale.to(device=parameter.grad.device, dtype=parameter.grad.dtype))
+    for group in (own, alike, sharded):  # plain gradients and DTensors not in one call
+        clip_grads_with_norm_(group, max_norm, norm)
     return norm
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from lightning_hetu.planning.osdp.buckets import BUCKET_BYTES, largest_replicated, with_buckets
 from lightning_hetu.planning.osdp.costs import MemoryConstants, Option, Part
 from lightning_hetu.planning.osdp.fsdp2 import Runtime
+from lightning_hetu.planning.osdp.operator import Operator
 from lightning_hetu.planning.osdp.plan import OSDPPlan
 from lightning_hetu.planning.osdp.problem import OSDPInfeasibleError, Problem
 from lightning_hetu.planning.osdp.solver import Item, Proof, Solution, solve_knapsack
@@ -179,15 +180,20 @@ class FittedProblem:
     @cached_property
     def _joinable(self) -> frozenset[str]:
         """Operators that run once, and get a gradient for each of their parameters."""
-        moments = self.profile.moments
-        called = {moment.unit for moment in moments if moment.kind == "enter"}
-        trained = {(moment.unit, moment.parameter) for moment in moments if moment.kind == "gradient"}
-        return frozenset(
-            operator.name
-            for operator in self.profile.operators
-            if operator.name in called - {ROOT}
-            and all((operator.name, index) in trained for index in range(len(operator.shapes) or 1))
-        )
+        units = self.profile.operators
+        return frozenset(unit.name for unit in units if unit.name in self._called - {ROOT} and self._all_trained(unit))
+
+    @cached_property
+    def _called(self) -> frozenset[str]:
+        return frozenset(moment.unit for moment in self.profile.moments if moment.kind == "enter")
+
+    @cached_property
+    def _trained(self) -> frozenset[tuple[str, int]]:
+        return frozenset((m.unit, m.parameter) for m in self.profile.moments if m.kind == "gradient")
+
+    def _all_trained(self, unit: Operator) -> bool:
+        """Whether each of its parameters gets a gradient."""
+        return all((unit.name, index) in self._trained for index in range(len(unit.shapes) or 1))
 
     def _small_plans(self, batch_size: int, time_limit: float, limit: int) -> Iterator[OSDPPlan]:
         """Plans with little memory, the same for every limit: that of the smallest sum, and those of one mode."""
@@ -205,16 +211,13 @@ class FittedProblem:
         """
         costs = replace(self.problem.costs, constants=_NOTHING_BUT_KEPT)
         least = Problem.build(self.problem.operators, costs, 0)
-        moments = self.profile.moments
-        called = {moment.unit for moment in moments if moment.kind == "enter"}
-        trained = {(moment.unit, moment.parameter) for moment in moments if moment.kind == "gradient"}
         items = []
         for unit, row in zip(least.units, least.options, strict=True):
-            sure = all((unit.name, index) in trained for index in range(len(unit.shapes) or 1))
+            sure = self._all_trained(unit)
             sizes = [
                 option.parameters
                 + sure * (option.optimizer + self.runtime.stale_gradients * option.parameters)
-                + (unit.name in called) * option.gathered
+                + (unit.name in self._called) * option.gathered
                 for option in row
             ]
             columns = [(option.seconds, size, 0, 0) for option, size in zip(row, sizes, strict=True)]
