@@ -13,10 +13,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lightning_hetu.moe.expert_mesh import ExpertMesh
 from lightning_hetu.moe.gradients import expert_parameters, moe_layers
+from lightning_hetu.parallel.expert_mesh import ExpertMesh
 
 _KEY = "expert_states"
 """In a checkpoint: for each optimizer, the numbers of its parameters that are stacked experts."""
@@ -84,7 +85,11 @@ def scatter_experts(module: nn.Module, checkpoint: dict[str, Any]) -> None:
 
 
 def _groups_of(module: nn.Module) -> ExpertMesh | None:
-    return next((layer.groups for layer in moe_layers(module) if layer.groups is not None), None)
+    """The ranks with the other shares; ``None`` where parameters know of all experts, whole or as DTensors."""
+    for layer in moe_layers(module):
+        if layer.groups is not None and not isinstance(layer.experts.w1, DTensor):
+            return layer.groups
+    return None
 
 
 def _whole(share: Tensor, groups: ExpertMesh) -> Tensor:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from lightning_hetu.moe.expert_mesh import ExpertMesh
+from lightning_hetu.parallel.expert_mesh import ExpertMesh
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 Activation = Literal["swiglu", "relu", "gelu"]
@@ -84,6 +85,8 @@ class Experts(nn.Module):
         return "triton" if rows.is_cuda and rows.dtype != torch.float64 else "loop"
 
     def _product(self, rows: Tensor, weight: Tensor, counts: Tensor, backend: str) -> Tensor:
+        if isinstance(weight, DTensor):  # this rank's share of experts that a plan has shared out
+            weight = weight.to_local()
         if torch.is_autocast_enabled(rows.device.type):
             dtype = torch.get_autocast_dtype(rows.device.type)
             rows, weight = rows.to(dtype), weight.to(dtype)

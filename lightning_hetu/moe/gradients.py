@@ -50,10 +50,11 @@ def sync_expert_gradients(module: nn.Module, *, mean: bool = True) -> None:
                 continue
             if parameter.grad is None:  # other ranks may have one
                 parameter.grad = torch.zeros_like(parameter)
+            gradient = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
             if layer.groups.replica.size() > 1:
-                dist.all_reduce(parameter.grad, group=layer.groups.replica)
+                dist.all_reduce(gradient, group=layer.groups.replica)
             if mean:
-                parameter.grad /= layer.groups.world_size
+                gradient /= layer.groups.world_size
 
 
 @torch.no_grad()

@@ -14,18 +14,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from lightning_hetu.moe.dispatch import Dispatch, sort_by_kernels
 from lightning_hetu.moe.exchange import Exchange
-from lightning_hetu.moe.expert_mesh import ExpertMesh
 from lightning_hetu.moe.experts import Activation, Backend, Experts
 from lightning_hetu.moe.gates import Gate, GateOutput, build_gate
+from lightning_hetu.parallel.expert_mesh import ExpertMesh
+from lightning_hetu.parallel.experts import SharesExperts
 from lightning_hetu.planning.all_to_all import Link, two_stages_are_faster
 
 AllToAll = Literal["auto", "one_stage", "two_stage"]
 
 
-class MoELayer(nn.Module):
+class MoELayer(SharesExperts):
     """Sends every token to the experts its gate chooses, and adds up what they say.
 
     After a forward pass, ``losses`` has the gate's auxiliary losses with their graph, ``last`` its decisions without.
@@ -78,13 +80,14 @@ class MoELayer(nn.Module):
         self.losses: dict[str, Tensor] = {}
         self.last: GateOutput | None = None
 
-    def parallelize(self, groups: ExpertMesh) -> None:
+    def parallelize(self, groups: ExpertMesh, *, distributed: bool = False) -> None:
         """Keeps this rank's share of the experts; to be called by all ranks, before there is an optimizer.
 
         Ranks that hold the same experts start with the weights of the first of them.
 
         Args:
             groups: The ranks.
+            distributed: Whether parameters are DTensors that know of all experts, rather than tensors of this rank.
 
         Raises:
             ValueError: If the ranks do not divide the experts.
@@ -103,9 +106,31 @@ class MoELayer(nn.Module):
             own = nn.Parameter(weight.detach()[mine].clone(), requires_grad=weight.requires_grad)
             if groups.replica.size() > 1:
                 dist.broadcast(own.data, group=groups.replica, group_src=0)
+            if distributed:
+                shares = DTensor.from_local(own.detach(), groups.mesh, (Replicate(), Shard(0)), run_check=False)
+                own = nn.Parameter(shares, requires_grad=weight.requires_grad)
             setattr(self.experts, name, own)
         self.experts.num_slots = slots
         self.groups = groups
+
+    def stacked_parameters(self) -> list[nn.Parameter]:
+        """The parameters with an expert in each row."""
+        return list(self.experts.parameters())
+
+    @property
+    def shared(self) -> bool:
+        """Whether the experts are shared out."""
+        return self.groups is not None
+
+    def share_out(self, groups: ExpertMesh) -> None:
+        """Shares the experts out under a plan; see :class:`SharesExperts`."""
+        self.parallelize(groups, distributed=True)
+
+    def routed_bytes(self) -> int:
+        """Bytes of the rows that the last forward pass has sent to experts."""
+        if self.last is None:
+            return 0
+        return int(self.last.kept_per_expert.sum()) * self.dim * self.experts.w1.element_size()
 
     def forward(self, x: Tensor, token_ids: Tensor | None = None) -> Tensor:
         """Applies the layer.

@@ -14,11 +14,11 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from lightning_hetu.moe.checkpoint import gather_experts, scatter_experts
-from lightning_hetu.moe.expert_mesh import ExpertMesh
 from lightning_hetu.moe.gates import TopKGate
 from lightning_hetu.moe.gradients import clip_with_experts, expert_parameters, moe_layers, sync_expert_gradients
 from lightning_hetu.moe.layer import MoELayer
 from lightning_hetu.moe.metrics import BalanceRatio, DropRate, ExpertLoad, MeanActiveExperts
+from lightning_hetu.parallel.expert_mesh import ExpertMesh, check_expert_parallel
 
 
 class MoEModuleMixin(LightningModule):
@@ -35,8 +35,8 @@ class MoEModuleMixin(LightningModule):
 
     Under DDPStrategy with several processes the experts are shared out, the gradients of shared experts are added,
     ``gradient_clip_val`` counts every expert once, and checkpoints hold all experts under the names of the whole model,
-    so that any number of processes can load them. ``hetu_auto`` and ``hetu_osdp`` shard stacked experts like any other
-    parameters.
+    so that any number of processes can load them. ``hetu_auto`` plans what is around the experts, and shares experts
+    out beside it; ``hetu_osdp`` shards stacked experts like any other parameters.
 
     Attributes:
         expert_parallel: Ranks that share out the experts; ``None`` for all, 1 for none.
@@ -79,12 +79,15 @@ class MoEModuleMixin(LightningModule):
         if not layers or not dist.is_initialized() or dist.get_world_size() == 1 or self.expert_parallel == 1:
             return
         strategy = self.trainer.strategy
-        if getattr(strategy, "keeps_experts_whole", False):
-            if self.expert_parallel is not None:
+        if self._is_planned:
+            if self.expert_parallel is not None and not strategy.shares_experts:  # type: ignore[attr-defined]
                 raise ValueError(
                     f"expert_parallel={self.expert_parallel}: {type(strategy).__name__} shards experts as it shards all"
-                    " other parameters; leave it out, or use DDPStrategy."
+                    " other parameters; leave it out, or use DDPStrategy or hetu_auto."
                 )
+            check_expert_parallel(self.expert_parallel, dist.get_world_size())
+            for layer in layers:  # once there is a plan
+                layer.expert_parallel, layer.devices_per_node = self.expert_parallel, self.devices_per_node
             return
         device = strategy.root_device.type
         groups = ExpertMesh.build(device, expert_parallel=self.expert_parallel, devices_per_node=self.devices_per_node)
@@ -94,12 +97,18 @@ class MoEModuleMixin(LightningModule):
         names = [name for name, _ in expert_parameters(self)]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, names)
 
+    @property
+    def _is_planned(self) -> bool:
+        """Whether the strategy decides where experts are."""
+        return hasattr(self.trainer.strategy, "shares_experts")
+
     # ------------------------------------------------------------------ gradients
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Completes the gradients of experts."""
         super().on_before_optimizer_step(optimizer)
-        sync_expert_gradients(self)
+        # Under a plan the loss is divided before, and gradients are summed.
+        sync_expert_gradients(self, mean=not self._is_planned)
 
     def configure_gradient_clipping(
         self,
@@ -108,7 +117,8 @@ class MoEModuleMixin(LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clips by the norm of the whole model, where experts are spread over ranks."""
-        if not gradient_clip_val or gradient_clip_algorithm == "value" or not expert_parameters(self):
+        others = self._is_planned or not expert_parameters(self)  # a planned strategy knows what is where
+        if not gradient_clip_val or gradient_clip_algorithm == "value" or others:
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

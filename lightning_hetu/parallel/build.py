@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
+from lightning_hetu.parallel.experts import layers_to_share, share_out_experts
 from lightning_hetu.parallel.megatron_sequence import apply_sequence_parallel, sequence_regions
 from lightning_hetu.parallel.mesh import PlanMesh
 from lightning_hetu.parallel.operator_groups import check_groups
@@ -51,6 +52,11 @@ def check_plan_fits_model(plan: HybridPlan, structure: ModelStructure, root: nn.
                 f"plan.{field}={strategy}, but {name} declares no tensor_parallel_plan: use tp1 for it, or declare one."
             )
     for index, (name, strategy) in enumerate(zip(structure.blocks, plan.layers, strict=True)):
+        if strategy.tp > 1 and any(layers_to_share(root.get_submodule(name))):
+            raise ValueError(
+                f"plan.layers[{index}]={strategy}, but {name} has experts that are shared out, and so every rank needs"
+                " tokens of its own: use tp1, or expert_parallel=1."
+            )
         if strategy.sequence_parallel:
             try:
                 sequence_regions(root, name)
@@ -255,6 +261,7 @@ def build_module(root: nn.Module, structure: ModelStructure, plan: HybridPlan, m
     if current != outside.dp:
         hook = partial(_relayout_outputs, wrapper, mesh, (current, outside.dp), structure.blocks[-1])
         root.get_submodule(structure.blocks[-1]).register_forward_hook(hook)
+    share_out_experts(root, partial(mesh.experts, outside), outside.shard_degree)
     apply_data_parallel(wrapper, mesh.layout(outside), outside.dp_type)
     return wrapper
 
@@ -263,6 +270,7 @@ def parallelize(root: nn.Module, name: str, strategy: LayerStrategy, mesh: PlanM
     """Applies one row of a plan to the layer ``name``: tensor parallelism, recomputation, data parallelism."""
     layer = root.get_submodule(name)
     layout = mesh.layout(strategy)
+    share_out_experts(layer, partial(mesh.experts, strategy), strategy.shard_degree)
     cut: Callable[[], None] | None = None  # outside of recomputation, which then keeps a part of the input
     if strategy.sequence_parallel:
         split, regions = tensor_parallel_plan(root, name), sequence_regions(root, name)

@@ -15,6 +15,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Placement, Replicate, Shard
 
+from lightning_hetu.parallel.expert_mesh import ExpertMesh
 from lightning_hetu.planning.layer_strategy import LayerStrategy
 from lightning_hetu.planning.plan import HybridPlan
 
@@ -80,6 +81,7 @@ class PlanMesh:
             self._layouts[copies, tp] = Layout(
                 data=mesh[f"dp{tag}"], replicate=mesh[f"dp{tag}", f"shard{tag}"], tensor=mesh[f"tp{tag}"]
             )
+        self._experts: dict[tuple[int, int, int, int | None], ExpertMesh] = {}
         self._sequences: dict[tuple[int, int, int], Layout] = {}
         for dp, cp, sp in sorted({(row.dp, row.cp, row.sp) for row in rows if row.cp * row.sp > 1}):
             tag = f"{dp}x{cp}x{sp}"
@@ -112,6 +114,13 @@ class PlanMesh:
         if strategy.cp * strategy.sp > 1:
             return self._sequences[strategy.dp, strategy.cp, strategy.sp]
         return self._layouts[strategy.shard_degree, strategy.tp]
+
+    def experts(self, strategy: LayerStrategy, size: int, devices_per_node: int | None = None) -> ExpertMesh:
+        """The groups in which ``size`` ranks share out the experts of a layer; a collective call the first time."""
+        key = strategy.shard_degree, strategy.tp, size, devices_per_node
+        if key not in self._experts:
+            self._experts[key] = ExpertMesh.within(self.layout(strategy).data, size, devices_per_node)
+        return self._experts[key]
 
     def placements(self, dp: int) -> tuple[Placement, ...]:
         """How activations of a layer with ``dp`` lie on :attr:`activation`: batch sharded ``dp`` ways, else copied."""

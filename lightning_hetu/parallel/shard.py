@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from lightning_hetu.parallel.experts import shared_parameters
 from lightning_hetu.parallel.mesh import Layout
 from lightning_hetu.parallel.tensor import SharedInput
 from lightning_hetu.planning.layer_strategy import DataParallelType
@@ -33,7 +34,9 @@ def apply_data_parallel(
         apply_data_parallel(operator, layout, "zero3")
         _share_input_first(operator)
     mesh = layout.replicate if dp_type == "ddp" else layout.data
-    fully_shard(layer, mesh=mesh, reshard_after_forward=dp_type == "zero3")
+    fully_shard(
+        layer, mesh=mesh, reshard_after_forward=dp_type == "zero3", ignored_params=shared_parameters(layer) or None
+    )
     layer._hetu_dp_type = dp_type  # type: ignore[assignment]
     sum_gradients(layer)
 

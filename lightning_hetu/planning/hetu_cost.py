@@ -13,6 +13,8 @@ Follows the estimator of Galvatron (arXiv 2211.13878, section 3.3) and differs w
   Recomputation does not gather once more: it runs with the parameters already there for backward.
 * A row may have operators that are ``zero3`` while the rest of it is not (OSDP, arXiv 2209.13258). It is then priced by
   parts: each operator is gathered and reduced as a group of its own, with a message and a latency of its own.
+* Experts that ranks share out (GShard, arXiv 2006.16668) are on their ranks for good: they are neither gathered nor
+  reduced, but every use sends rows to them and back by all-to-all.
 * Peak memory has the temporary buffers of FSDP2 in it, see :class:`HetuConstants`.
 * Processes that share the cores of a host slow each other down.
 """
@@ -119,6 +121,20 @@ class _Part:
     def largest(self) -> float:
         """Bytes of the largest group."""
         return max(self.sizes)
+
+
+class _ExpertShare(NamedTuple):
+    """A rank's share of the experts of one row.
+
+    Args:
+        parameters: Bytes.
+        trained: Bytes of those of them that are trained.
+        ranks: Ranks that share them out.
+    """
+
+    parameters: float
+    trained: float
+    ranks: int
 
 
 class _Traffic(NamedTuple):
@@ -261,6 +277,7 @@ class HetuCostModel(CostModel):
         traffic = self._traffic(parts, strategy)
         tensor = self.tensor_times(row, strategy, setting)
         sequence = self.sequence_times(row, strategy, setting)
+        exchange = self.expert_times(row, strategy, setting)
         border = self._border_seconds(row, stage, strategy, setting)
 
         gather = traffic.gather
@@ -277,8 +294,10 @@ class HetuCostModel(CostModel):
                 reduces["gradient_reduce"] = reduce_exposed
             else:
                 reduces["gradient_reduce_per_step"] = reduce_last
-        local = sum(part.total / part.shards for part in parts)
-        optimizer = local * layer.trainable_fraction * c.optimizer_seconds_per_byte
+        local = sum(part.total / part.shards for part in parts) * layer.trainable_fraction
+        own = self._expert_share(layer, strategy)
+        optimizer = (local + own.trained) * c.optimizer_seconds_per_byte
+        copies = self._expert_sync_seconds(own, strategy)
         tied = self._tied_seconds(row, strategy, setting)
         return RowCost(
             seconds=forward_total
@@ -286,15 +305,17 @@ class HetuCostModel(CostModel):
             + overhead
             + sum(tensor)
             + sum(sequence)
+            + sum(exchange)
             + sum(border)
             + reduce_exposed,
-            sync=once_gather + optimizer + tied + reduce_last,
+            sync=once_gather + optimizer + tied + copies + reduce_last,
             memory=self._memory(row, stage, strategy, setting),
             parts={
                 "forward": forward,
                 "backward": backward,
                 "tensor_parallel": sum(tensor),
                 "sequence_parallel": sum(sequence),
+                "expert_exchange": sum(exchange),
                 "parameter_gather": forward_total + backward_total - forward - backward,
                 "stage_border": sum(border),
                 "runtime": overhead,
@@ -302,10 +323,11 @@ class HetuCostModel(CostModel):
                 "parameter_gather_per_step": once_gather,
                 "optimizer_per_step": optimizer,
                 "tied_gradients_per_step": tied,
+                "expert_gradients_per_step": copies,
             },
-            forward=forward_total + overhead / 2 + tensor[0] + sequence[0] + border[0],
+            forward=forward_total + overhead / 2 + tensor[0] + sequence[0] + exchange[0] + border[0],
             first_forward=once_gather,
-            optimizer=optimizer + tied,
+            optimizer=optimizer + tied + copies,
         )
 
     def _forward_seconds(self, layer: LayerProfile, strategy: LayerStrategy, setting: Setting) -> float:
@@ -430,6 +452,33 @@ class HetuCostModel(CostModel):
         again = exchange + ring if strategy.recompute else 0.0
         return gather + exchange + ring, gather + exchange + ring + home + again
 
+    def expert_times(self, row: int, strategy: LayerStrategy, setting: Setting) -> tuple[float, float]:
+        """Seconds of the all-to-alls to experts and back, for one microbatch in forward and in backward.
+
+        Rows are taken to be spread evenly. Recomputation sends them once more.
+        """
+        experts = self.layer(row).experts
+        if experts is None:
+            return 0.0, 0.0
+        samples = setting.microbatch_size / (strategy.dp * strategy.sequence_degree)
+        ranks, stride = experts.ranks(strategy.shard_degree), strategy.tp if strategy.tp_consecutive else 1
+        both_ways = 2 * self.cluster.seconds("all_to_all", ranks, experts.routed_bytes * samples, stride=stride)
+        return both_ways, both_ways * (2 if strategy.recompute else 1)
+
+    @staticmethod
+    def _expert_share(layer: LayerProfile, strategy: LayerStrategy) -> _ExpertShare:
+        """A rank's share of the experts of a row."""
+        if layer.experts is None:
+            return _ExpertShare(0.0, 0.0, 1)
+        ranks = layer.experts.ranks(strategy.shard_degree)
+        share = layer.experts.parameter_bytes / ranks
+        return _ExpertShare(share, share * layer.experts.trainable_fraction, ranks)
+
+    def _expert_sync_seconds(self, own: _ExpertShare, strategy: LayerStrategy) -> float:
+        """Once per step the ranks with the same experts add up their gradients."""
+        stride = own.ranks * (strategy.tp if strategy.tp_consecutive else 1)
+        return self.cluster.seconds("all_reduce", strategy.shard_degree // own.ranks, own.trained, stride=stride)
+
     def _regroup_seconds(self, row: int, finer: int, coarser: int, setting: Setting) -> float:
         """One all-gather of the input of ``row`` from ``finer`` batch shards to ``coarser`` ones.
 
@@ -553,6 +602,7 @@ class HetuCostModel(CostModel):
         gradient, accumulated, copy = own.trained, own.accumulated, own.copy
         states = {"parameters": own.parameters, "optimizer": gradient * self.profile.optimizer_state_bytes}
         full_gradients = layer.parameters(tp) * layer.trainable_fraction * self._reduced
+        full_gradients += self._expert_share(layer, strategy).trained
         earlier = (gradient if self.pipeline else full_gradients) if c.accumulates else 0.0
         if microbatches == 1:
             resting = gradient if c.gradients_during_forward else 0.0
@@ -639,4 +689,9 @@ class HetuCostModel(CostModel):
                 gone = kept if every else min(in_flight, microbatches) * kept
                 rest = arriving if microbatches == 1 or every else 0.0
             reduced = max(reduced, c.backward_reduce * arriving - gone)
+        experts = self._expert_share(layer, strategy)
+        parameters += experts.parameters
+        trained += experts.trained
+        accumulated += experts.trained
+        new += experts.trained if microbatches == 1 else 0.0
         return _ParameterBytes(parameters, trained, copy, accumulated, forward, backward, new, lingering, reduced)

@@ -9,11 +9,40 @@ import json
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from math import gcd
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 FORMAT_VERSION = 1
 Precision = Literal["32-true", "bf16-mixed", "bf16-true", "16-true"]
+
+
+@dataclass(frozen=True)
+class ExpertProfile:
+    """Experts of a layer that are shared out over the ranks with the same dense weights.
+
+    Args:
+        parameter_bytes: Parameters of all experts, in the training dtype.
+        number: Into how many equal parts they can be divided at most.
+        routed_bytes: Bytes per sample of the rows that go to experts, in one direction.
+        trainable_fraction: Share of ``parameter_bytes`` that is trained.
+    """
+
+    parameter_bytes: int
+    number: int
+    routed_bytes: float = 0.0
+    trainable_fraction: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.parameter_bytes < 0 or self.number < 1 or self.routed_bytes < 0:
+            raise ValueError(
+                f"experts: parameter_bytes={self.parameter_bytes}, number={self.number},"
+                f" routed_bytes={self.routed_bytes}: expected at least 0, 1 and 0."
+            )
+
+    def ranks(self, copies: int) -> int:
+        """How many of ``copies`` ranks with the same dense weights share them out."""
+        return gcd(self.number, copies)
 
 
 @dataclass(frozen=True)
@@ -43,6 +72,7 @@ class LayerProfile:
         trainable_fraction: Share of ``parameter_bytes`` that is trained (has gradients and optimizer states).
         operators: ``{name: parameter bytes}`` of the modules inside of the layer whose parameters can be gathered on
             their own, in the order they are called; see ``LayerStrategy.sharded``. Empty where that is not known.
+        experts: Experts that are shared out; no other size speaks of their parameters. ``None`` where there are none.
     """
 
     name: str
@@ -63,6 +93,7 @@ class LayerProfile:
     ulysses_degrees: tuple[int, ...] = ()
     context_degrees: tuple[int, ...] = ()
     operators: Mapping[str, int] = field(default_factory=dict)
+    experts: ExpertProfile | None = None
 
     def __post_init__(self) -> None:
         points = tuple(sorted((float(n), float(t)) for n, t in self.forward_time))
@@ -98,6 +129,8 @@ class LayerProfile:
                 f" parameter_bytes={self.parameter_bytes}."
             )
 
+        if isinstance(self.experts, Mapping):  # from a file
+            object.__setattr__(self, "experts", ExpertProfile(**self.experts))
         operators = {str(name): int(size) for name, size in self.operators.items()}
         object.__setattr__(self, "operators", operators)
         if any(size < 1 for size in operators.values()) or sum(operators.values()) > self.parameter_bytes:

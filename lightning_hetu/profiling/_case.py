@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
+from lightning_hetu.parallel.experts import stacked_parameters
+from lightning_hetu.planning.profile import ExpertProfile
+
 
 @dataclass(frozen=True)
 class LayerCase:
@@ -33,6 +36,7 @@ class LayerCase:
         context_degrees: Context-parallel degrees above 1 it can run with.
         operators: ``{name: bytes}`` of the modules inside that can be sharded on their own.
         boundary_bytes: Bytes per sample of the layer's input.
+        experts: Experts inside that are shared out, whose parameters the layer does not own.
         parameters: What the layer owns; ``None`` is ``module``'s. Names relative to ``module``.
         autocast: What forward runs under.
     """
@@ -51,12 +55,15 @@ class LayerCase:
     context_degrees: tuple[int, ...] = ()
     operators: Mapping[str, int] = field(default_factory=dict)
     boundary_bytes: float = 0.0
+    experts: ExpertProfile | None = None
     parameters: Mapping[str, nn.Parameter] | None = None
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext
 
     def owned(self) -> dict[str, nn.Parameter]:
         """The parameters by name."""
-        return dict(self.module.named_parameters()) if self.parameters is None else dict(self.parameters)
+        parameters = dict(self.module.named_parameters()) if self.parameters is None else dict(self.parameters)
+        shared = stacked_parameters(self.module)
+        return {name: parameter for name, parameter in parameters.items() if parameter not in shared}
 
     def forward(self, samples: int) -> Tensor | None:
         """Runs the layer and keeps nothing but what backward needs.

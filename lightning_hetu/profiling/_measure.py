@@ -213,6 +213,9 @@ def layer_profile(
     split = [p for name, p in split_parameters(case).items() if name in owned]
     total = _num_bytes(list(owned.values()))
     trained = _num_bytes([p for p in owned.values() if p.requires_grad])
+    gradients = {tp: item.backward_gradients for tp, item in memory.items()}
+    if case.experts is not None:  # whose gradients were there as well
+        gradients = {tp: min(size, trained) for tp, size in gradients.items()}
     return LayerProfile(
         name=case.name,
         parameter_bytes=total,
@@ -223,13 +226,14 @@ def layer_profile(
         boundary_bytes=case.boundary_bytes,
         forward_transient={tp: item.forward_extra / samples for tp, item in memory.items()},
         backward_transient={tp: item.backward_extra / samples for tp, item in memory.items()},
-        backward_gradients={tp: item.backward_gradients for tp, item in memory.items()},
+        backward_gradients=gradients,
         tp_degrees=case.tp_degrees,
         sequence_degrees=case.sequence_degrees,
         ulysses_degrees=case.ulysses_degrees,
         context_degrees=case.context_degrees,
         trainable_fraction=trained / total if total else 1.0,
         operators=case.operators,
+        experts=case.experts,
     )
 
 

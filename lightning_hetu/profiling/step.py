@@ -18,11 +18,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
+from lightning_hetu.parallel.experts import layers_to_share
 from lightning_hetu.parallel.structure import ModelStructure
 from lightning_hetu.parallel.tensor_plan import tensor_parallel_degrees, tensor_parallel_plan
 from lightning_hetu.planning.profile import LayerProfile, ModelProfile, Precision
 from lightning_hetu.profiling._agreement import is_busy, lone_mesh
 from lightning_hetu.profiling._case import LayerCase, tensor_bytes
+from lightning_hetu.profiling._experts import experts_of
 from lightning_hetu.profiling._isolation import AutocastFactory, autocast_factory, untouched
 from lightning_hetu.profiling._layers import group_layers
 from lightning_hetu.profiling._measure import Stopwatch, measure_layer, measure_memory
@@ -284,8 +286,9 @@ def _block_case(
         rows=rows,
         input_requires_grad=None,
         plan=tensor_parallel_plan(module, name),
-        tp_degrees=tensor_parallel_degrees(module, name, max_tp),
+        tp_degrees=(1,) if any(layers_to_share(block)) else tensor_parallel_degrees(module, name, max_tp),
         boundary_bytes=tensor_bytes(tensors[:1], rows) * rows / samples,
+        experts=experts_of(list(layers_to_share(block)), samples),
         autocast=autocast,
     )
     return with_operators(with_sequence_degrees(case, module, name, (call.args, call.kwargs), max_tp))
@@ -309,8 +312,12 @@ def _rest(
     module: nn.Module, structure: ModelStructure, blocks: Sequence[LayerProfile], times: _StepTimes, samples: int
 ) -> LayerProfile:
     """Times and parameters of everything outside the blocks."""
-    inside = {id(p) for name in structure.blocks for p in module.get_submodule(name).parameters()}
-    outside = [p for p in module.parameters() if id(p) not in inside]
+    blocks_of_model = [module.get_submodule(name) for name in structure.blocks]
+    inside = {id(p) for block in blocks_of_model for p in block.parameters()}
+    within = {id(layer) for block in blocks_of_model for layer in layers_to_share(block)}
+    experts = [layer for layer in layers_to_share(module) if id(layer) not in within]
+    stacked = {id(p) for layer in experts for p in layer.stacked_parameters()}
+    outside = [p for p in module.parameters() if id(p) not in inside | stacked]
     total = sum(p.numel() * p.element_size() for p in outside)
     trained = sum(p.numel() * p.element_size() for p in outside if p.requires_grad)
     seconds = [block.forward_seconds(samples) for block in blocks]
@@ -323,6 +330,7 @@ def _rest(
         backward_ratio=backward / forward if forward > 0 else 0.0,
         boundary_bytes=blocks[-1].boundary_bytes,
         trainable_fraction=trained / total if total else 1.0,
+        experts=experts_of(experts, samples),
     )
 
 

@@ -49,8 +49,8 @@ class PlannedStrategy(ModelParallelStrategy):
         timeout: How long a collective may take.
     """
 
-    keeps_experts_whole = True
-    """Asked by models with experts: stacked ones are parameters like any other here."""
+    shares_experts = False
+    """Asked by models with experts: whether a plan shares them out; otherwise they are parameters like any other."""
 
     def __init__(
         self,

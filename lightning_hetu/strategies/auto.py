@@ -20,6 +20,7 @@ from typing_extensions import override
 
 from lightning_hetu.parallel.build import build_module, build_stage, check_parameters, check_plan_fits_model
 from lightning_hetu.parallel.executor import PipelineExecutor
+from lightning_hetu.parallel.experts import settle_experts
 from lightning_hetu.parallel.forward_build import build_forward_stage
 from lightning_hetu.parallel.forward_executor import ForwardExecutor
 from lightning_hetu.parallel.mesh import PlanMesh
@@ -56,6 +57,8 @@ class AutoHybridParallelStrategy(PlannedStrategy):
         NoFeasiblePlanError: If nothing fits ``memory_budget``; it names the smallest budget that would do.
     """
 
+    shares_experts = True
+
     def __init__(
         self,
         plan: HybridPlan | str | Path = "auto",
@@ -90,6 +93,7 @@ class AutoHybridParallelStrategy(PlannedStrategy):
         self._executor, self.plan, self._rows_plan = None, None, None
         self._structure = model_structure(module, self._request.blocks, trainer)
         check_parameters(self._structure, module)
+        settle_experts(self._structure, module, self.world_size)
 
     @override
     def _make_plan(self, trainer: Trainer, module: LightningModule) -> HybridPlan:

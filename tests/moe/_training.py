@@ -105,7 +105,8 @@ def fit(
         runner.save_checkpoint(Path(folder) / save)
     logged = {name: float(value) for name, value in runner.callback_metrics.items()}
     if ours:
-        return {"losses": watch.losses, "step": runner.global_step}
+        share = model.layers[0].experts.num_slots
+        return {"losses": watch.losses, "logged": logged, "step": runner.global_step, "share": share}
     values = runner._checkpoint_connector.dump_checkpoint(weights_only=False)
     return {
         "losses": watch.losses, "gates": watch.gates, "logged": logged, "weights": values["state_dict"],

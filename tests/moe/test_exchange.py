@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from lightning_hetu.moe.exchange import Exchange
-from lightning_hetu.moe.expert_mesh import ExpertMesh
+from lightning_hetu.parallel.expert_mesh import ExpertMesh
 
 RANKS, WIDTH = 4, 3
 

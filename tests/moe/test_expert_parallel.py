@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_hetu.moe.expert_mesh import ExpertMesh
 from lightning_hetu.moe.gradients import clip_with_experts, expert_parameters, sync_expert_gradients
 from lightning_hetu.moe.layer import MoELayer
+from lightning_hetu.parallel.expert_mesh import ExpertMesh
 
 DIM, HIDDEN, EXPERTS, RANKS, STEPS = 6, 10, 8, 4, 20
 CASES = {

@@ -90,28 +90,32 @@ def planned(rank: int, folder: str) -> list[dict[str, Any]]:
     return [fit(rank, folder, ranks=2, module=GLOBAL, trainer={**trainer, "strategy": s}) for s in strategies]
 
 
-def test_planned_strategies_train_experts_like_other_parameters(ranks: Any, tmp_path: Path) -> None:
-    """hetu_osdp and hetu_auto look at the model on one rank, where no layer may wait for another, and then train it."""
+def test_planned_strategies_train_experts(ranks: Any, tmp_path: Path) -> None:
+    """Both look at the model on one rank, where no layer may wait for another; hetu_auto then shares experts out."""
     wanted = fit(0, str(tmp_path), module=GLOBAL, trainer={"accumulate_grad_batches": 2, "gradient_clip_val": 0.1})
     for answers in ranks(2).run(planned, str(tmp_path)):
         for found in answers:
             assert found["losses"] == pytest.approx(wanted["losses"], rel=1e-5) and found["step"] == 2
+        assert [found["share"] for found in answers] == [EXPERTS, EXPERTS // 2]
 
 
-def refused(rank: int, folder: str) -> str:
-    from lightning_hetu import OSDPStrategy
+def refused(rank: int, folder: str, strategy: str, size: int) -> str:
+    from lightning_hetu import AutoHybridParallelStrategy, OSDPStrategy
 
+    chosen = OSDPStrategy() if strategy == "osdp" else AutoHybridParallelStrategy()
     try:
-        fit(rank, folder, ranks=2, module={"expert_parallel": 2}, trainer={"strategy": OSDPStrategy()})
+        fit(rank, folder, ranks=2, module={"expert_parallel": size}, trainer={"strategy": chosen})
     except ValueError as error:
         return str(error)
     return ""
 
 
-def test_planned_strategies_do_not_share_experts_out(ranks: Any, tmp_path: Path) -> None:
+def test_numbers_of_ranks_that_cannot_be_are_refused(ranks: Any, tmp_path: Path) -> None:
     wanted = "expert_parallel=2: OSDPStrategy shards experts as it shards all other parameters; leave it out, or use"
-    wanted += " DDPStrategy."
-    assert ranks(2).run(refused, str(tmp_path)) == [wanted, wanted]
+    wanted += " DDPStrategy or hetu_auto."
+    assert ranks(2).run(refused, str(tmp_path), "osdp", 2) == [wanted] * 2
+    wanted = "expert_parallel=3: expected a divisor of the 2 ranks."
+    assert ranks(2).run(refused, str(tmp_path), "auto", 3) == [wanted] * 2
 
 
 class Skipping(Small):

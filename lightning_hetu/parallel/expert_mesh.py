@@ -43,16 +43,33 @@ class ExpertMesh:
             ValueError: If the numbers do not divide the number of ranks.
         """
         world = torch.distributed.get_world_size()
+        check_expert_parallel(expert_parallel, world)
         size = world if expert_parallel is None else expert_parallel
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1 or world % size:
-            raise ValueError(f"expert_parallel={expert_parallel!r}: expected a divisor of the {world} ranks.")
-        mesh = init_device_mesh(device_type, (world // size, size), mesh_dim_names=("replica", "expert"))
-        if devices_per_node is None or devices_per_node >= size:
+        ranks = init_device_mesh(device_type, (world,), mesh_dim_names=("world",))
+        return cls.within(ranks, size, devices_per_node)
+
+    @classmethod
+    def within(cls, ranks: DeviceMesh, expert_parallel: int, devices_per_node: int | None = None) -> ExpertMesh:
+        """Builds the mesh over some ranks; to be called by all of them, and by other such sets of ranks alike.
+
+        Args:
+            ranks: One-dimensional mesh; neighbors in it belong to the same node.
+            expert_parallel: Ranks that share out the experts; it divides the number of ranks.
+            devices_per_node: How many of them a node has.
+
+        Raises:
+            ValueError: If ``devices_per_node`` does not divide ``expert_parallel``.
+        """
+        copies = ranks.size() // expert_parallel
+        mesh = ranks._unflatten(0, (copies, expert_parallel), ("replica", "expert"))  # private in torch 2.11 to 2.13
+        if devices_per_node is None or devices_per_node >= expert_parallel:
             return cls(mesh)
-        if devices_per_node < 1 or size % devices_per_node:
-            raise ValueError(f"devices_per_node={devices_per_node}: expected a divisor of expert_parallel={size}.")
-        shape = (world // size, size // devices_per_node, devices_per_node)
-        return cls(mesh, init_device_mesh(device_type, shape, mesh_dim_names=("replica", "node", "local")))
+        if devices_per_node < 1 or expert_parallel % devices_per_node:
+            raise ValueError(
+                f"devices_per_node={devices_per_node}: expected a divisor of expert_parallel={expert_parallel}."
+            )
+        shape = (copies, expert_parallel // devices_per_node, devices_per_node)
+        return cls(mesh, ranks._unflatten(0, shape, ("replica", "node", "local")))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ExpertMesh:
         return self  # a copied model has the same ranks
@@ -81,3 +98,14 @@ class ExpertMesh:
     def expert_size(self) -> int:
         """Number of ranks that share out the experts."""
         return self.mesh.size(1)
+
+
+def check_expert_parallel(expert_parallel: int | None, ranks: int) -> None:
+    """Refuses a number of ranks that cannot share out experts.
+
+    Raises:
+        ValueError: If it does not divide ``ranks``.
+    """
+    size = ranks if expert_parallel is None else expert_parallel
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1 or ranks % size:
+        raise ValueError(f"expert_parallel={expert_parallel!r}: expected a divisor of the {ranks} ranks.")
