@@ -24,24 +24,28 @@ from tests._ranks import RankPool
 
 torch.set_num_threads(1)
 
-_START_PROCESSES = ("tests/parallel", "tests/profiling", "tests/strategies", "tests/test_cli.py", "tests/test_ranks.py")
+_START_PROCESSES = ("tests/strategies", "tests/parallel", "tests/profiling", "tests/moe", "tests/test_cli.py")
+"""Rooms whose tests start processes, the longest first: each is one worker's, which shares its processes."""
 
 
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist, which one may do without
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Spreads tests over the workers of pytest-xdist: one has all that start processes, and shares them."""
+    """Spreads tests over the workers of pytest-xdist: rooms that start processes as a whole, other tests by file."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByRoom(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return "processes" if file.startswith(_START_PROCESSES) else file
+            return next((room for room in _START_PROCESSES if file.startswith(room)), file)
 
     return ByRoom(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests marked ``gpu`` and ``multigpu`` where the devices are missing, saying so."""
-    items.sort(key=lambda item: not item.nodeid.startswith(_START_PROCESSES))  # the longest part first
+    rooms = len(_START_PROCESSES)
+    order = {room: number for number, room in enumerate(_START_PROCESSES)}
+    items.sort(key=lambda item: next((n for room, n in order.items() if item.nodeid.startswith(room)), rooms))
     available = torch.cuda.device_count()
     for marker, needed in (("gpu", 1), ("multigpu", 2)):
         if available >= needed:

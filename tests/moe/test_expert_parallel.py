@@ -17,6 +17,12 @@ CASES = {
     "switch": {"gate": "switch"},
     "topk": {"gate": "topk", "gate_options": {"k": 3}, "activation": "gelu"},
     "gshard": {"gate": "gshard", "activation": "relu"},
+    "base": {"gate": "base"},
+    "full": {"gate": "topk", "gate_options": {"k": 2, "capacity_factor": 0.7, "capacity_scope": "global"}},
+    "best first": {
+        "gate": "switch",
+        "gate_options": {"capacity_factor": 0.8, "capacity_scope": "global", "batch_prioritized": True},
+    },
 }
 
 
@@ -121,6 +127,9 @@ def train_many(rank: int, dtype: torch.dtype, case: str, settings: dict[str, Any
         ("switch", {"expert_parallel": 2}),
         ("topk", {"devices_per_node": 2}),
         ("gshard", {"expert_parallel": 2}),
+        ("base", {}),
+        ("full", {"expert_parallel": 2}),
+        ("best first", {}),
     ],
 )
 def test_ranks_train_what_one_process_trains(

@@ -16,6 +16,7 @@ from torch.distributed import ProcessGroup
 
 from lightning_hetu.moe.gates._capacity import CapacityRounding, arrival_positions, count_per_expert, expert_capacity
 from lightning_hetu.moe.gates._checks import check_choice, check_count, check_number
+from lightning_hetu.moe.gates._joint import joint_rows
 from lightning_hetu.moe.gates._losses import BalanceScope, BatchShare, balance_loss, batch_share, z_loss
 from lightning_hetu.moe.gates._output import GateOutput
 from lightning_hetu.moe.gates._scores import finite_rows, normalized, router_logits
@@ -31,6 +32,10 @@ class Gate(nn.Module):
         min_capacity: The least room, in assignments, where there is a limit.
         capacity_rounding: ``exact``: ceil(factor k T / E) assignments. ``hetu``: k ceil(factor T / E).
         eval_capacity_factor: The factor in evaluation. Default: ``capacity_factor``.
+        capacity_scope: Tokens that share the room: ``micro`` for those of the call, so that a rank never sends an
+            expert more than its own limit; ``global`` for those of all ranks of ``balance_group``, which drops what one
+            process with all tokens drops. Ranks then tell each other their choices.
+        balance_group: Ranks of what is ``global``. Default: all. Also an attribute, for groups that come later.
         force_balanced: Whether loads are made even, whatever the scores, to measure speed and memory: choice j of token
             t goes to expert (t k + j) modulo E, with the score the gate has for it as its weight. Losses are those of
             the gate's own choice. Gates with another number of experts for each token, or none for some, number
@@ -48,6 +53,8 @@ class Gate(nn.Module):
         min_capacity: int = 0,
         capacity_rounding: CapacityRounding = "exact",
         eval_capacity_factor: float | None = None,
+        capacity_scope: BalanceScope = "micro",
+        balance_group: ProcessGroup | None = None,
         force_balanced: bool = False,
     ) -> None:
         super().__init__()
@@ -57,11 +64,14 @@ class Gate(nn.Module):
             if factor is not None:
                 check_number(name, factor)
         check_choice("capacity_rounding", capacity_rounding, CapacityRounding)
+        check_choice("capacity_scope", capacity_scope, BalanceScope)
         self.num_experts = num_experts
         self.capacity_factor = capacity_factor
         self.min_capacity = min_capacity
         self.capacity_rounding: CapacityRounding = capacity_rounding
         self.eval_capacity_factor = eval_capacity_factor
+        self.capacity_scope: BalanceScope = capacity_scope
+        self.balance_group = balance_group
         self.force_balanced = force_balanced
 
     def forward(self, x: Tensor, token_ids: Tensor | None = None) -> GateOutput:
@@ -81,15 +91,12 @@ class Gate(nn.Module):
         running = chosen.flatten().cumsum(0).view_as(expert_ids) - 1
         return torch.where(chosen, running % self.num_experts, -1)
 
-    def _capacity(self, tokens: int, slots: float | Tensor) -> int | None:
+    def _capacity_factor(self) -> float | None:
+        """The factor that holds now; ``None`` where there is no limit."""
         factor = self.capacity_factor
         if not self.training and self.eval_capacity_factor is not None:
             factor = self.eval_capacity_factor
-        if factor is None or math.isinf(factor):
-            return None
-        return expert_capacity(
-            tokens, self.num_experts, float(slots), factor, self.min_capacity, self.capacity_rounding
-        )
+        return None if factor is None or math.isinf(factor) else factor
 
     def _finish(
         self,
@@ -97,7 +104,7 @@ class Gate(nn.Module):
         weights: Tensor,
         *,
         scores: Tensor | None = None,
-        capacity: int | None = None,
+        slots: float | Tensor | None = None,
         confidence: Tensor | None = None,
         renormalize: bool = False,
         losses: Mapping[str, Tensor] | None = None,
@@ -110,7 +117,7 @@ class Gate(nn.Module):
             expert_ids: int64 ``[T, K]`` of :meth:`_placed`.
             weights: ``[T, K]``, 0 without an expert.
             scores: For the output.
-            capacity: Room per expert.
+            slots: Assignments per token, by which there is room; ``None`` for gates without a limit.
             confidence: ``[T]``: who comes first; default the earlier token.
             renormalize: Whether weights of what is kept are divided by their sum.
             losses: For the output.
@@ -120,11 +127,18 @@ class Gate(nn.Module):
         counts = count_per_expert(expert_ids, self.num_experts)
         position = None
         dropped = torch.zeros_like(expert_ids, dtype=torch.bool)
-        kept = counts
-        if capacity is not None:
-            position = arrival_positions(expert_ids, self.num_experts, confidence)
+        kept, capacity, factor = counts, None, self._capacity_factor()
+        if factor is not None and slots is not None:
+            together, own = expert_ids, slice(None)
+            if self.capacity_scope == "global":
+                together, own = joint_rows(expert_ids, self.balance_group)
+                confidence = None if confidence is None else joint_rows(confidence, self.balance_group)[0]
+            capacity = expert_capacity(
+                len(together), self.num_experts, float(slots), factor, self.min_capacity, self.capacity_rounding
+            )
+            position = arrival_positions(together, self.num_experts, confidence)[own]
             dropped = position >= capacity
-            kept = counts.clamp(max=capacity)
+            kept = count_per_expert(expert_ids.masked_fill(dropped, -1), self.num_experts)
             weights = weights.masked_fill(dropped, 0.0)
         if renormalize:
             weights = normalized(weights)
@@ -172,7 +186,6 @@ class RouterGate(Gate):
         balance_scope: Tokens that losses are about: ``micro`` for those of the call; ``global`` for those of all ranks
             of ``balance_group``, such that the mean over ranks of gradients is the gradient of one process with all
             tokens. A rank's share counts by its number of tokens, which may differ between ranks.
-        balance_group: Ranks of ``global``. Default: all. Also an attribute, for groups that come later.
         **options: Options of :class:`Gate`.
 
     Raises:
@@ -188,7 +201,6 @@ class RouterGate(Gate):
         jitter: float = 0.0,
         z_loss: bool = False,
         balance_scope: BalanceScope = "micro",
-        balance_group: ProcessGroup | None = None,
         **options: Any,
     ) -> None:
         super().__init__(num_experts, **options)
@@ -200,7 +212,6 @@ class RouterGate(Gate):
         self.jitter = jitter
         self.z_loss = z_loss
         self.balance_scope: BalanceScope = balance_scope
-        self.balance_group = balance_group
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
         self.reset_parameters()
 

@@ -189,7 +189,7 @@ class DTSGate(RouterGate):
             expert_ids,
             weights_of(source, expert_ids),
             scores=scores,
-            capacity=self._capacity(len(logits), self.average_active),
+            slots=self.average_active,
             confidence=self._confidence(scores),
             losses=self._losses(logits, valid, source.masked_fill(unchosen, 0.0), share, self.num_experts),
             metrics=_activity(active, valid),

@@ -72,7 +72,7 @@ class GShardGate(RouterGate):
             expert_ids,
             weights,
             scores=scores,
-            capacity=self._capacity(len(logits), 2),
+            slots=2,
             confidence=self._confidence(scores),
             renormalize=self.normalize == "after_drop",
             losses=self._losses(logits, valid, scores, share, self.num_experts),

@@ -115,7 +115,7 @@ class HashGate(Gate):
         chosen = self.expert_of[token_ids].unsqueeze(-1)
         expert_ids = self._placed(chosen, torch.ones_like(token_ids, dtype=torch.bool))
         weights = torch.ones(expert_ids.shape, dtype=dtype, device=expert_ids.device)
-        return self._finish(expert_ids, weights, capacity=self._capacity(len(token_ids), 1))
+        return self._finish(expert_ids, weights, slots=1)
 
 
 def _by_load(frequencies: Sequence[float], num_experts: int) -> list[int]:

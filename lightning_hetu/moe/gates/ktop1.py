@@ -50,7 +50,7 @@ class KTop1Gate(RouterGate):
             expert_ids,
             weights_of(scores, expert_ids),
             scores=scores,
-            capacity=self._capacity(len(logits), self.k),
+            slots=self.k,
             confidence=self._confidence(scores),
             losses=self._losses(parts, valid, scores, share, size),
         )

@@ -55,7 +55,7 @@ class SAMGate(RouterGate):
             expert_ids,
             weights_of(scores, expert_ids),
             scores=scores,
-            capacity=self._capacity(len(logits), self.k),
+            slots=self.k,
             confidence=self._confidence(scores),
             losses=losses,
         )

@@ -38,7 +38,7 @@ def route_to_most_probable(
         expert_ids,
         weights_of(scores, expert_ids),
         scores=scores,
-        capacity=gate._capacity(len(logits), 1),
+        slots=1,
         confidence=gate._confidence(scores),
         losses=gate._losses(logits, valid, scores, share, gate.num_experts),
         metrics=metrics,

@@ -133,7 +133,7 @@ class TopKGate(RouterGate):
             expert_ids,
             weights,
             scores=scores,
-            capacity=self._capacity(len(logits), self.k),
+            slots=self.k,
             confidence=self._confidence(scores),
             renormalize=self.normalize == "after_drop",
             losses=self._losses(logits, valid, probabilities, share, scale),
