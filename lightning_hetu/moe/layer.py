@@ -23,6 +23,7 @@ from lightning_hetu.moe.gates import Gate, GateOutput, build_gate
 from lightning_hetu.parallel.expert_mesh import ExpertMesh
 from lightning_hetu.parallel.experts import SharesExperts
 from lightning_hetu.planning.all_to_all import Link, two_stages_are_faster
+from lightning_hetu.profiling.links import measure_links
 
 AllToAll = Literal["auto", "one_stage", "two_stage"]
 
@@ -41,7 +42,7 @@ class MoELayer(SharesExperts):
         activation: Activation of the experts.
         backend: What multiplies; see :class:`Experts`.
         all_to_all: How rows get to experts on other nodes: in one stage, in two, or what is faster by ``links``.
-        links: Within and between nodes, as one rank sees them; ``auto`` takes one stage without.
+        links: Within and between nodes, as one rank sees them; measured when experts are shared out, if not given.
 
     Raises:
         ValueError: If an option is unknown, or belongs to a gate that is given.
@@ -111,6 +112,8 @@ class MoELayer(SharesExperts):
                 own = nn.Parameter(shares, requires_grad=weight.requires_grad)
             setattr(self.experts, name, own)
         self.experts.num_slots = slots
+        if self.all_to_all == "auto" and self.links is None and groups.nodes is not None:
+            groups.links = groups.links or measure_links(groups)
         self.groups = groups
 
     def stacked_parameters(self) -> list[nn.Parameter]:
@@ -181,11 +184,12 @@ class MoELayer(SharesExperts):
             return False
         if self.all_to_all == "two_stage":
             return True
-        if self.links is None:
+        links = self.links or self.groups.links
+        if links is None:  # one stage was asked for when experts were shared out
             return False
         num_bytes = max(map(sum, table)) * rows.shape[1] * rows.element_size()
         _, nodes, local = self.groups.nodes.shape
-        return two_stages_are_faster(num_bytes, nodes, local, *self.links)
+        return two_stages_are_faster(num_bytes, nodes, local, *links)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies are made without what the last forward pass left."""

@@ -14,8 +14,10 @@ import torch
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from lightning_hetu.planning.all_to_all import Link
 
-@dataclass(frozen=True)
+
+@dataclass(eq=False)
 class ExpertMesh:
     """The ranks of an expert-parallel run, as seen by one of them.
 
@@ -23,10 +25,12 @@ class ExpertMesh:
         mesh: Two-dimensional mesh with the dimensions ``replica`` and ``expert``; every rank has tokens of its own.
         nodes: The same ranks in three dimensions, ``replica``, ``node`` and ``local``, for the two-stage all-to-all;
             ``None`` where an expert group is within one node.
+        links: Within nodes and between them, once they are measured.
     """
 
     mesh: DeviceMesh
     nodes: DeviceMesh | None = None
+    links: tuple[Link, Link] | None = None
 
     @classmethod
     def build(
