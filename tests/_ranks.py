@@ -39,9 +39,7 @@ class RankPool:
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(rank, self.world_size, port, theirs), daemon=True)
@@ -102,6 +100,13 @@ class RankPool:
             if process.is_alive():
                 process.kill()
         self._workers = []
+
+
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _work(rank: int, world_size: int, port: int, pipe: Any) -> None:

@@ -24,7 +24,7 @@ ALLOWED = {
     "planning": set(),
     "profiling": {"planning", "parallel"},  # it measures the layers that parallel finds
     "parallel": {"planning"},
-    "moe": _TECHNIQUES,
+    "moe": _TECHNIQUES | {"profiling"},
     "embedding": _TECHNIQUES,
     "generation": _TECHNIQUES,
     "models": _TECHNIQUES | {"moe", "embedding"},

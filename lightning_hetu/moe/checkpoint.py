@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_hetu.moe.gradients import expert_parameters, moe_layers
-from lightning_hetu.parallel.expert_mesh import ExpertMesh
+from lightning_hetu.moe.layer import MoELayer
 
 _KEY = "expert_states"
 """In a checkpoint: for each optimizer, the numbers of its parameters that are stacked experts."""
@@ -31,16 +31,15 @@ def gather_experts(module: nn.Module, checkpoint: dict[str, Any], optimizers: Se
         checkpoint: With ``state_dict`` and, if wanted, ``optimizer_states``, both of this rank.
         optimizers: The optimizers of these states.
     """
-    groups = _groups_of(module)
-    if groups is not None:
-        for name, _ in expert_parameters(module):
-            checkpoint["state_dict"][name] = _whole(checkpoint["state_dict"][name], groups)
+    spread = _spread_layers(module)
+    for name, layer in _by_name(module, spread).items():
+        checkpoint["state_dict"][name] = _whole(checkpoint["state_dict"][name], layer)
     numbers: list[list[int]] = []
-    known = {id(parameter) for layer in moe_layers(module) for parameter in layer.experts.parameters()}
+    known = {id(parameter): layer for layer in moe_layers(module) for parameter in layer.experts.parameters()}
     for optimizer, state in zip(optimizers, checkpoint.get("optimizer_states", ()), strict=False):
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         numbers.append([number for number, parameter in enumerate(parameters) if id(parameter) in known])
-        if groups is None:
+        if not spread:
             continue
         # The values are those of the optimizer itself, which goes on with its own.
         state["state"] = dict(state["state"])
@@ -48,13 +47,13 @@ def gather_experts(module: nn.Module, checkpoint: dict[str, Any], optimizers: Se
             values = dict(state["state"].get(number, {}))
             for key, value in values.items():
                 if isinstance(value, Tensor) and value.shape == parameters[number].shape:
-                    values[key] = _whole(value, groups)
+                    values[key] = _whole(value, known[id(parameters[number])])
             state["state"][number] = values
     checkpoint[_KEY] = numbers
 
 
 def scatter_experts(module: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Cuts this rank's share out of a checkpoint that has all experts, in place.
+    """Cuts this rank's share out of a checkpoint that has all experts, in place; before any has moved.
 
     Args:
         module: The model.
@@ -63,41 +62,58 @@ def scatter_experts(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     Raises:
         ValueError: If the checkpoint has another number of experts.
     """
-    groups = _groups_of(module)
-    if groups is None:
+    spread = _spread_layers(module)
+    if not spread:
         return
-    sizes = {}
-    for name, parameter in expert_parameters(module):
+    layer_of: dict[torch.Size, MoELayer] = {}  # by the shape of all its experts; experts of one shape lie alike
+    for name, layer in _by_name(module, spread).items():
         whole = checkpoint["state_dict"].get(name)
         if whole is None:  # strict loading says so itself
             continue
-        expected = parameter.shape[0] * groups.expert_size
-        if whole.shape[0] != expected:
-            raise ValueError(f"checkpoint: {name!r} has {whole.shape[0]} experts, expected {expected}.")
-        sizes[whole.shape] = parameter.shape
-        checkpoint["state_dict"][name] = _share(whole, groups)
+        if whole.shape[0] != layer.num_experts:
+            raise ValueError(f"checkpoint: {name!r} has {whole.shape[0]} experts, expected {layer.num_experts}.")
+        checkpoint["state_dict"][name] = _share(whole, layer)
+        if layer_of.setdefault(whole.shape, layer).placement != layer.placement:
+            raise RuntimeError("checkpoint: experts have moved already; load it before training begins.")
     for numbers, state in zip(checkpoint.get(_KEY, ()), checkpoint.get("optimizer_states", ()), strict=False):
         for number in numbers:
             values = state["state"].get(number, {})
             for key, value in values.items():
-                if isinstance(value, Tensor) and value.shape in sizes:
-                    values[key] = _share(value, groups)
+                if isinstance(value, Tensor) and value.shape in layer_of:
+                    values[key] = _share(value, layer_of[value.shape])
 
 
-def _groups_of(module: nn.Module) -> ExpertMesh | None:
-    """The ranks with the other shares; ``None`` where parameters know of all experts, whole or as DTensors."""
-    for layer in moe_layers(module):
-        if layer.groups is not None and not isinstance(layer.experts.w1, DTensor):
-            return layer.groups
-    return None
+def _spread_layers(module: nn.Module) -> list[MoELayer]:
+    """Layers of whose experts this rank has a share; elsewhere parameters know of all, whole or as DTensors."""
+    layers = [layer for layer in moe_layers(module) if layer.groups is not None]
+    return [layer for layer in layers if not isinstance(layer.experts.w1, DTensor)]
 
 
-def _whole(share: Tensor, groups: ExpertMesh) -> Tensor:
+def _by_name(module: nn.Module, layers: Sequence[MoELayer]) -> dict[str, MoELayer]:
+    """The layers by the names of their stacked parameters."""
+    known = {id(parameter): layer for layer in layers for parameter in layer.experts.parameters()}
+    return {name: known[id(parameter)] for name, parameter in expert_parameters(module) if id(parameter) in known}
+
+
+def _whole(share: Tensor, layer: MoELayer) -> Tensor:
     """All experts, on the host: a checkpoint must not need the memory of the device."""
-    parts = [torch.empty_like(share) for _ in range(groups.expert_size)]
-    dist.all_gather(parts, share.contiguous(), group=groups.expert)
-    return torch.cat([part.cpu() for part in parts])
+    assert layer.groups is not None
+    gathered = [torch.empty_like(share) for _ in range(layer.groups.expert_size)]
+    dist.all_gather(gathered, share.contiguous(), group=layer.groups.expert)
+    parts = [part.cpu() for part in gathered]
+    if layer.placement is None:
+        return torch.cat(parts)
+    holders = [layer.placement.holders(expert)[0] for expert in range(layer.num_experts)]
+    slots = [layer.placement.slot_of(rank, expert) for expert, rank in enumerate(holders)]
+    return torch.stack([parts[rank][slot] for rank, slot in zip(holders, slots, strict=True)])
 
 
-def _share(whole: Tensor, groups: ExpertMesh) -> Tensor:
-    return whole.chunk(groups.expert_size)[groups.expert_rank].clone()
+def _share(whole: Tensor, layer: MoELayer) -> Tensor:
+    """What this rank has of all experts; zero in slots that are free."""
+    assert layer.groups is not None
+    rank = layer.groups.expert_rank
+    if layer.placement is None:
+        return whole.chunk(layer.groups.expert_size)[rank].clone()
+    row = torch.tensor(layer.placement.slots[rank], device=whole.device)
+    free = (row < 0).view(-1, *[1] * (whole.dim() - 1))
+    return whole[row.clamp(min=0)].masked_fill(free, 0)

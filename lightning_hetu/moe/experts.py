@@ -7,7 +7,8 @@ all: an optimizer, DDP and checkpoints see three tensors, whatever the slots hol
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -71,12 +72,25 @@ class Experts(nn.Module):
             ``[rows, dim]``. It hangs on the graph also where there are no rows, and then gives gradients of zero.
         """
         backend = self.product_of(rows)
-        hidden = self._product(rows, self.w1, counts, backend)
-        if self.w3 is not None:
-            hidden = F.silu(hidden) * self._product(rows, self.w3, counts, backend)
+        weights = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in self._weights()]
+        if backend != "loop":
+            return self._network(rows, weights, counts, backend)
+        pieces = rows.split(counts.tolist())
+        slots = zip(*(weight.unbind(0) for weight in weights), strict=True)
+        found = [self._network(piece, slot, counts, backend) for piece, slot in zip(pieces, slots, strict=True)]
+        return torch.cat([_Alone.apply(result) for result in found])  # type: ignore[no-untyped-call]
+
+    def _weights(self) -> list[Tensor]:
+        return [weight for weight in (self.w1, self.w2, self.w3) if weight is not None]
+
+    def _network(self, rows: Tensor, weights: Sequence[Tensor], counts: Tensor, backend: str) -> Tensor:
+        """All experts at once; where they run one after another, one of them."""
+        hidden = self._product(rows, weights[0], counts, backend)
+        if self.activation == "swiglu":
+            hidden = F.silu(hidden) * self._product(rows, weights[2], counts, backend)
         else:
             hidden = F.relu(hidden) if self.activation == "relu" else F.gelu(hidden)
-        return self._product(hidden, self.w2, counts, backend)
+        return self._product(hidden, weights[1], counts, backend)
 
     def product_of(self, rows: Tensor) -> str:
         """What multiplies such rows: the backend, ``auto`` decided."""
@@ -85,14 +99,11 @@ class Experts(nn.Module):
         return "triton" if rows.is_cuda and rows.dtype != torch.float64 else "loop"
 
     def _product(self, rows: Tensor, weight: Tensor, counts: Tensor, backend: str) -> Tensor:
-        if isinstance(weight, DTensor):  # this rank's share of experts that a plan has shared out
-            weight = weight.to_local()
         if torch.is_autocast_enabled(rows.device.type):
             dtype = torch.get_autocast_dtype(rows.device.type)
             rows, weight = rows.to(dtype), weight.to(dtype)
         if backend == "loop":
-            pieces = rows.split(counts.tolist())
-            return torch.cat([piece @ slot for piece, slot in zip(pieces, weight.unbind(0), strict=True)])
+            return _aligned(rows) @ _aligned(weight)
         ends = counts.cumsum(0).to(device=rows.device, dtype=torch.int32)
         if backend == "torch":
             return F.grouped_mm(rows, weight, offs=ends)
@@ -103,3 +114,23 @@ class Experts(nn.Module):
     def extra_repr(self) -> str:
         """Sizes, for printing the module."""
         return f"num_slots={self.num_slots}, dim={self.dim}, hidden={self.hidden}, activation={self.activation}"
+
+
+class _Alone(torch.autograd.Function):
+    """The result of one expert, whose gradient comes as a part of that of all."""
+
+    @staticmethod
+    def forward(ctx: Any, result: Tensor) -> Tensor:
+        return result.view_as(result)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _aligned(gradient)
+
+
+def _aligned(part: Tensor) -> Tensor:
+    """A part of a tensor, copied where its numbers begin between the boundaries of the processor's vectors.
+
+    Processors would round differently there: what an expert computes would depend, in its last bit, on its slot.
+    """
+    return part if part.storage_offset() * part.element_size() % 64 == 0 else part.clone()

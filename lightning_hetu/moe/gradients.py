@@ -2,7 +2,8 @@
 
 The loss of a step is the mean over ranks of their losses. DDP and FSDP2 average or sum what all ranks hold; experts are
 left to them by nobody. A rank's gradient of its experts is already the sum over the ranks that sent it tokens: what is
-missing is the sum over the ranks that hold the same experts, and the division that turns a sum into a mean.
+missing is the sum over the ranks that hold the same experts, in copies of the whole group or by a placement, and the
+division that turns a sum into a mean.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_
 
 from lightning_hetu.moe.layer import MoELayer
+from lightning_hetu.moe.replicas import sum_over_replicas
 from lightning_hetu.parallel.clip import clip_gradients_by_norm
 
 
@@ -42,14 +44,17 @@ def sync_expert_gradients(module: nn.Module, *, mean: bool = True) -> None:
         module: The model.
         mean: Whether that loss is the mean of the ranks' losses, as with DDP; otherwise their sum.
     """
-    for layer in moe_layers(module):
-        if layer.groups is None:
-            continue
+    layers = [layer for layer in moe_layers(module) if layer.groups is not None]
+    for layer in layers:
         for parameter in layer.experts.parameters():
-            if not parameter.requires_grad:
-                continue
-            if parameter.grad is None:  # other ranks may have one
+            if parameter.requires_grad and parameter.grad is None:  # other ranks may have one
                 parameter.grad = torch.zeros_like(parameter)
+    sum_over_replicas([layer for layer in layers if layer.placement is not None])
+    for layer in layers:
+        assert layer.groups is not None
+        for parameter in layer.experts.parameters():
+            if parameter.grad is None:
+                continue
             gradient = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
             if layer.groups.replica.size() > 1:
                 dist.all_reduce(gradient, group=layer.groups.replica)
@@ -77,9 +82,10 @@ def clip_with_experts(module: nn.Module, parameters: Iterable[nn.Parameter], max
     sharded = [parameter for parameter in parameters if isinstance(parameter.grad, DTensor)]
     alike = [p for p in parameters if id(p) not in experts and not isinstance(p.grad, DTensor)]
     groups = next(layer.groups for layer in moe_layers(module) if layer.groups is not None)
-    squared = _squared_norm(own)
-    dist.all_reduce(squared, group=groups.expert)
-    squared += _squared_norm(alike).to(squared.device)
+    by_expert = _squared_by_expert(module, own)
+    dist.all_reduce(by_expert, group=groups.expert)
+    squared = by_expert.sum()  # always in the order of experts: where they are does not change a bit
+    squared += _squared_norm([p.grad for p in alike if p.grad is not None], squared.device)
     if sharded:
         squared += clip_gradients_by_norm(sharded, float("inf")).double() ** 2  # nothing is scaled yet
     norm = squared.sqrt()
@@ -88,11 +94,35 @@ def clip_with_experts(module: nn.Module, parameters: Iterable[nn.Parameter], max
     return norm
 
 
-def _squared_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
+def _squared_by_expert(module: nn.Module, own: Sequence[nn.Parameter]) -> Tensor:
+    """Sums of squares of the gradients of each expert of each layer, float64; 0 for those that other ranks count.
+
+    Of several holders the lowest one counts.
+    """
+    wanted, found = {id(parameter) for parameter in own}, []
+    for layer in moe_layers(module):
+        gradients = [p.grad for p in layer.experts.parameters() if id(p) in wanted and p.grad is not None]
+        if not gradients or layer.groups is None:
+            continue
+        rank, share = layer.groups.expert_rank, layer.experts.num_slots
+        if layer.placement is None:
+            row = list(range(rank * share, (rank + 1) * share))
+        else:
+            placed = layer.placement
+            row = [e if e >= 0 and placed.holders(e)[0] == rank else -1 for e in placed.slots[rank]]
+        sums = torch.zeros(layer.num_experts, dtype=torch.float64, device=gradients[0].device)
+        experts = torch.tensor(row, device=sums.device)
+        counted = experts >= 0
+        for gradient in gradients:
+            rows = torch.linalg.vector_norm(gradient.flatten(1), dim=1, dtype=torch.float64) ** 2
+            sums[experts[counted]] += rows[counted]
+        found.append(sums)
+    return torch.cat(found)
+
+
+def _squared_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
     """Sum of squares of plain gradients, float64."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    device = gradients[0].device if gradients else torch.device("cpu")
     total = torch.zeros((), dtype=torch.float64, device=device)
     for gradient in gradients:
-        total += torch.linalg.vector_norm(gradient, dtype=torch.float64) ** 2
+        total += torch.linalg.vector_norm(gradient, dtype=torch.float64).to(device) ** 2
     return total

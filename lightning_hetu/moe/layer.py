@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -20,9 +22,13 @@ from lightning_hetu.moe.dispatch import Dispatch, sort_by_kernels
 from lightning_hetu.moe.exchange import Exchange
 from lightning_hetu.moe.experts import Activation, Backend, Experts
 from lightning_hetu.moe.gates import Gate, GateOutput, build_gate
+from lightning_hetu.moe.placement.placement import Placement
+from lightning_hetu.moe.placement.split import even_split
+from lightning_hetu.moe.route import route_of_placement, route_of_shares
 from lightning_hetu.parallel.expert_mesh import ExpertMesh
 from lightning_hetu.parallel.experts import SharesExperts
-from lightning_hetu.planning.all_to_all import Link, two_stages_are_faster
+from lightning_hetu.planning.all_to_all import two_stages_are_faster
+from lightning_hetu.planning.topology import Link
 from lightning_hetu.profiling.links import measure_links
 
 AllToAll = Literal["auto", "one_stage", "two_stage"]
@@ -32,6 +38,8 @@ class MoELayer(SharesExperts):
     """Sends every token to the experts its gate chooses, and adds up what they say.
 
     After a forward pass, ``losses`` has the gate's auxiliary losses with their graph, ``last`` its decisions without.
+    Where experts are shared out, ``rank_rows`` has the rows that each rank worked on; where they have slots to move
+    between, ``placement`` tells which expert is where, and ``fractions`` ``[experts, ranks]`` how tokens are split.
 
     Args:
         dim: Width of a token.
@@ -78,20 +86,25 @@ class MoELayer(SharesExperts):
         self.all_to_all: AllToAll = all_to_all
         self.links = links
         self.groups: ExpertMesh | None = None
+        self.placement: Placement | None = None
+        self.fractions: NDArray[np.float64] | None = None
+        self.rank_rows: tuple[int, ...] = ()
         self.losses: dict[str, Tensor] = {}
         self.last: GateOutput | None = None
 
-    def parallelize(self, groups: ExpertMesh, *, distributed: bool = False) -> None:
+    def parallelize(self, groups: ExpertMesh, *, slots: int | None = None, distributed: bool = False) -> None:
         """Keeps this rank's share of the experts; to be called by all ranks, before there is an optimizer.
 
         Ranks that hold the same experts start with the weights of the first of them.
 
         Args:
             groups: The ranks.
+            slots: Room for experts on every rank, so that they can move (see :mod:`lightning_hetu.moe.placement`);
+                beyond its share slots are free at first. By default experts stay where they are.
             distributed: Whether parameters are DTensors that know of all experts, rather than tensors of this rank.
 
         Raises:
-            ValueError: If the ranks do not divide the experts.
+            ValueError: If the ranks do not divide the experts, or the slots do not suffice.
             RuntimeError: If it was called before.
         """
         if self.groups is not None:
@@ -101,17 +114,23 @@ class MoELayer(SharesExperts):
                 f"num_experts={self.num_experts}: expected a multiple of the {groups.expert_size} ranks that share"
                 " them out."
             )
-        slots = self.num_experts // groups.expert_size
-        mine = slice(groups.expert_rank * slots, (groups.expert_rank + 1) * slots)
+        share = self.num_experts // groups.expert_size
+        if slots is not None:
+            self.placement = Placement.contiguous(self.num_experts, groups.expert_size, slots)
+            self.fractions = even_split(np.ones(self.num_experts), self.placement).fractions
+        mine = slice(groups.expert_rank * share, (groups.expert_rank + 1) * share)
         for name, weight in list(self.experts.named_parameters()):
-            own = nn.Parameter(weight.detach()[mine].clone(), requires_grad=weight.requires_grad)
+            rows = weight.detach()[mine].clone()
+            if slots is not None:
+                rows = torch.cat([rows, rows.new_zeros(slots - share, *rows.shape[1:])])
+            own = nn.Parameter(rows, requires_grad=weight.requires_grad)
             if groups.replica.size() > 1:
                 dist.broadcast(own.data, group=groups.replica, group_src=0)
             if distributed:
                 shares = DTensor.from_local(own.detach(), groups.mesh, (Replicate(), Shard(0)), run_check=False)
                 own = nn.Parameter(shares, requires_grad=weight.requires_grad)
             setattr(self.experts, name, own)
-        self.experts.num_slots = slots
+        self.experts.num_slots = share if slots is None else slots
         if self.all_to_all == "auto" and self.links is None and groups.nodes is not None:
             groups.links = groups.links or measure_links(groups)
         self.groups = groups
@@ -164,19 +183,25 @@ class MoELayer(SharesExperts):
     def _spread(self, rows: Tensor, counts: Tensor) -> Tensor:
         """The experts' results for rows that are sorted by expert, wherever the experts are."""
         assert self.groups is not None
-        groups, slots = self.groups, self.experts.num_slots
-        everyone = all_gather_counts(counts, groups.expert).view(groups.expert_size, groups.expert_size, slots)
-        host = everyone.tolist()  # the one point at which the host waits for the device
-        table = tuple(tuple(sum(of_slots) for of_slots in row) for row in host)
-        exchange = Exchange(table, groups, self._takes_two_stages(table, rows))
-        received = exchange.send(rows)
-        of_mine = [host[source][groups.expert_rank] for source in range(groups.expert_size)]
-        sizes = torch.tensor(of_mine).flatten()
-        slot_of_row = torch.arange(slots).repeat(groups.expert_size).repeat_interleave(sizes)
-        order = slot_of_row.argsort(stable=True)  # from source-major to slot-major
-        back = order.argsort(stable=True)
-        results = self.experts(_Reorder.apply(received, order, back), torch.tensor(of_mine).sum(dim=0))
-        return exchange.send_back(_Reorder.apply(results, back, order))
+        groups, rank = self.groups, self.groups.expert_rank
+        everyone = all_gather_counts(counts, groups.expert).cpu().numpy()  # the one point where the host waits
+        if self.placement is None:
+            route = route_of_shares(everyone, rank)
+        else:
+            assert self.fractions is not None
+            route = route_of_placement(everyone, rank, self.placement, self.fractions)
+        self.rank_rows = route.rank_rows
+        exchange = Exchange(route.table, groups, self._takes_two_stages(route.table, rows))
+        order = torch.from_numpy(route.receive_order)
+        back = order.argsort()
+        if route.send_order is not None:
+            send_order = torch.from_numpy(route.send_order)
+            send_back = send_order.argsort()
+            rows = _Reorder.apply(rows, send_order, send_back)
+        received = _Reorder.apply(exchange.send(rows), order, back)
+        results = self.experts(received, torch.from_numpy(route.slot_counts))
+        out = exchange.send_back(_Reorder.apply(results, back, order))
+        return out if route.send_order is None else _Reorder.apply(out, send_back, send_order)
 
     def _takes_two_stages(self, table: tuple[tuple[int, ...], ...], rows: Tensor) -> bool:
         assert self.groups is not None

@@ -121,6 +121,13 @@ class BalanceRatio(Metric):
         """Adds what a gate has decided for a batch."""
         self.loads.index_add_(0, self.owners.to(self.loads.device), decided.kept_per_expert.to(self.loads))
 
+    def update_rows(self, rows: Sequence[int]) -> None:
+        """Adds the rows that each rank worked on, where experts do not stay with their owners.
+
+        All ranks of a group know them, so they count once for each: that changes no ratio.
+        """
+        self.loads += torch.tensor(rows).to(self.loads)
+
     def compute(self) -> Tensor:
         """The ratio; 1 without tokens."""
         mean = self.loads.mean()

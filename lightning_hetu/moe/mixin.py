@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -41,11 +42,14 @@ class MoEModuleMixin(LightningModule):
     Attributes:
         expert_parallel: Ranks that share out the experts; ``None`` for all, 1 for none.
         devices_per_node: Ranks of one node, where experts are shared over nodes and rows may travel in two stages.
+        expert_slots: Room for experts on every rank, where they are to move: a number, or a float for a multiple of its
+            share, rounded up. ``None`` where they stay.
         moe_coefficients: What the gates' losses are multiplied by, by their names.
     """
 
     expert_parallel: int | None = None
     devices_per_node: int | None = None
+    expert_slots: int | float | None = None
     moe_coefficients: Mapping[str, float] = {"balance": 1e-2, "z": 1e-3, "alignment": 1e-2}
     _moe_loads: dict[int, Tensor]
     """Assignments per expert since the last optimizer step, by the number of the layer."""
@@ -92,10 +96,15 @@ class MoEModuleMixin(LightningModule):
         device = strategy.root_device.type
         groups = ExpertMesh.build(device, expert_parallel=self.expert_parallel, devices_per_node=self.devices_per_node)
         for layer in layers:
-            layer.parallelize(groups)
+            layer.parallelize(groups, slots=self._slots_of(layer, groups.expert_size))
         # DDP would take every rank's experts for copies of the same ones.
         names = [name for name, _ in expert_parameters(self)]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, names)
+
+    def _slots_of(self, layer: MoELayer, ranks: int) -> int | None:
+        if not isinstance(self.expert_slots, float):
+            return self.expert_slots
+        return math.ceil(self.expert_slots * layer.num_experts / ranks)
 
     @property
     def _is_planned(self) -> bool:
@@ -149,8 +158,11 @@ class MoEModuleMixin(LightningModule):
             if layer.last is not None:
                 loads = layer.last.tokens_per_expert
                 self._moe_loads[number] = self._moe_loads[number] + loads if number in self._moe_loads else loads
-                for metric in self._moe_metrics[number].values():
-                    metric.update(layer.last)
+                for name, metric in self._moe_metrics[number].items():
+                    if name == "balance_ratio" and layer.rank_rows:
+                        cast(BalanceRatio, metric).update_rows(layer.rank_rows)
+                    else:
+                        metric.update(layer.last)
         if self.trainer.global_step == self._moe_step:
             return
         self._moe_step = self.trainer.global_step

@@ -14,7 +14,7 @@ import torch
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from lightning_hetu.planning.all_to_all import Link
+from lightning_hetu.planning.topology import Link
 
 
 @dataclass(eq=False)

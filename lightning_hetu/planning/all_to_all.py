@@ -8,33 +8,7 @@ many nodes.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class Link:
-    """One kind of connection, as one rank sees it.
-
-    Args:
-        latency: Seconds per message.
-        seconds_per_byte: Inverse bandwidth.
-
-    Raises:
-        ValueError: If a number is negative or not finite.
-    """
-
-    latency: float
-    seconds_per_byte: float
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if not 0 <= value < math.inf:
-                raise ValueError(f"link.{name}={value!r}: expected a number of at least 0.")
-
-    def seconds(self, messages: int, num_bytes: float) -> float:
-        """Seconds for messages one after another that have these bytes in all."""
-        return messages * self.latency + num_bytes * self.seconds_per_byte
+from lightning_hetu.planning.topology import Link
 
 
 def one_stage_seconds(num_bytes: float, nodes: int, local: int, inside: Link, between: Link) -> float:
@@ -48,15 +22,15 @@ def one_stage_seconds(num_bytes: float, nodes: int, local: int, inside: Link, be
         between: Links between nodes.
     """
     share = num_bytes / (nodes * local)
-    near = inside.seconds(local - 1, (local - 1) * share)
-    far = between.seconds((nodes - 1) * local, (nodes - 1) * local * share)
+    near = _seconds(inside, local - 1, (local - 1) * share)
+    far = _seconds(between, (nodes - 1) * local, (nodes - 1) * local * share)
     return max(near, far)
 
 
 def two_stage_seconds(num_bytes: float, nodes: int, local: int, inside: Link, between: Link) -> float:
     """Seconds of the two-stage all-to-all; arguments as in :func:`one_stage_seconds`."""
-    near = inside.seconds(local - 1, num_bytes * (local - 1) / local)
-    return near + between.seconds(nodes - 1, num_bytes * (nodes - 1) / nodes)
+    near = _seconds(inside, local - 1, num_bytes * (local - 1) / local)
+    return near + _seconds(between, nodes - 1, num_bytes * (nodes - 1) / nodes)
 
 
 def two_stages_are_faster(num_bytes: float, nodes: int, local: int, inside: Link, between: Link) -> bool:
@@ -65,3 +39,8 @@ def two_stages_are_faster(num_bytes: float, nodes: int, local: int, inside: Link
         return False
     arguments = num_bytes, nodes, local, inside, between
     return two_stage_seconds(*arguments) < one_stage_seconds(*arguments)
+
+
+def _seconds(link: Link, messages: int, num_bytes: float) -> float:
+    """Seconds for messages one after another that have these bytes in all."""
+    return messages * link.latency + num_bytes / link.bytes_per_second

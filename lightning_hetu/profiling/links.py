@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from statistics import median
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from lightning_hetu.parallel.expert_mesh import ExpertMesh
-from lightning_hetu.planning.all_to_all import Link
+from lightning_hetu.planning.topology import Link
 
 _SIZES = (4 << 10, 4 << 20)
 """Bytes that a rank sends: so few that latency decides, and so many that bandwidth does."""
@@ -36,20 +37,29 @@ def measure_links(groups: ExpertMesh, sizes: tuple[int, int] = _SIZES) -> tuple[
     if not 0 < sizes[0] < sizes[1]:
         raise ValueError(f"sizes={sizes}: expected two numbers above 0 that ascend.")
     device = torch.device(groups.mesh.device_type)
-    found = []
-    for dim in ("local", "node"):
-        group = groups.nodes.get_group(dim)
-        seconds = torch.tensor([_seconds(group, size, device) for size in sizes], dtype=torch.float64, device=device)
-        dist.all_reduce(seconds, op=dist.ReduceOp.MAX)  # the slowest counts
-        found.append(fit_link(group.size(), sizes, (float(seconds[0]), float(seconds[1]))))
-    return found[0], found[1]
+    inside, between = (measure_link(groups.nodes.get_group(dim), device, sizes) for dim in ("local", "node"))
+    return inside, between
+
+
+def measure_link(group: ProcessGroup, device: torch.device, sizes: tuple[int, int] = _SIZES) -> Link:
+    """Times all-to-alls of groups that communicate at once; all ranks call this with one, and all get the same.
+
+    Args:
+        group: A group of at least 2 ranks; every rank's has as many.
+        device: This rank's device.
+        sizes: Bytes that a rank sends, few and many.
+    """
+    seconds = torch.tensor([_seconds(group, size, device) for size in sizes], dtype=torch.float64, device=device)
+    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)  # the slowest counts
+    return fit_link(group.size(), sizes, (float(seconds[0]), float(seconds[1])))
 
 
 def fit_link(ranks: int, sizes: tuple[int, int], seconds: tuple[float, float]) -> Link:
     """The link of which ``ranks - 1`` messages, each of a ``ranks``-th of ``sizes`` bytes, take ``seconds``."""
     sent = [size * (ranks - 1) / ranks for size in sizes]
-    slope = max(seconds[1] - seconds[0], 0.0) / (sent[1] - sent[0])
-    return Link(max(seconds[0] - sent[0] * slope, 0.0) / (ranks - 1), slope)
+    per_byte = max(seconds[1] - seconds[0], 0.0) / (sent[1] - sent[0])
+    latency = max(seconds[0] - sent[0] * per_byte, 0.0) / (ranks - 1)
+    return Link(1 / per_byte if per_byte else math.inf, latency)
 
 
 def _seconds(group: ProcessGroup, size: int, device: torch.device) -> float:

@@ -62,10 +62,10 @@ class Watch(Callback):
                 break
 
 
-def data(rank: int, ranks: int) -> DataLoader[Any]:
+def data(rank: int, ranks: int, dtype: torch.dtype = torch.float32) -> DataLoader[Any]:
     """This rank's rows of batches of 16."""
     draw = torch.Generator().manual_seed(5)
-    x = torch.randn(SAMPLES, DIM, generator=draw)[rank::ranks]
+    x = torch.randn(SAMPLES, DIM, generator=draw)[rank::ranks].to(dtype)
     return DataLoader(TensorDataset(x, x.square().sum(dim=1)), batch_size=16 // ranks)
 
 
@@ -100,7 +100,7 @@ def fit(
         accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, default_root_dir=folder, callbacks=[watch, *callbacks], **options,
     )  # fmt: skip
-    runner.fit(model, data(*rows), ckpt_path=checkpoint, weights_only=False)
+    runner.fit(model, data(*rows, dtype), ckpt_path=checkpoint, weights_only=False)
     if save is not None:
         runner.save_checkpoint(Path(folder) / save)
     logged = {name: float(value) for name, value in runner.callback_metrics.items()}

@@ -197,7 +197,7 @@ def test_gates_are_built_by_name_with_their_options() -> None:
     [
         ("sw1tch", {}, "gate='sw1tch': expected one of switch, gshard, topk, ktop1, sam, base, hash, dts."),
         ("switch", {"k": 2}, "k=2: gate 'switch' has no such option, but balance_group, balance_scope,"),
-        ("base", {"capacity_factor": 1.0}, "capacity_factor=1.0: gate 'base' has no such option, but balance_group, balance_scope, force_balanced."),
+        ("base", {"capacity_factor": 1.0}, "capacity_factor=1.0: gate 'base' has no such option, but balance_group"),
         ("hash", {}, "vocab_size is missing: gate 'hash' needs it."),
         ("topk", {"k": 5}, "k=5: expected at most num_experts=4; lower k or raise num_experts."),
         ("topk", {"k": 0}, "k=0: expected an integer of at least 1."),

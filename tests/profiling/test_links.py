@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch.distributed as dist
 
 from lightning_hetu.moe import MoELayer
 from lightning_hetu.parallel.expert_mesh import ExpertMesh
-from lightning_hetu.planning.all_to_all import Link
+from lightning_hetu.planning.topology import Link
 from lightning_hetu.profiling.links import fit_link, measure_links
 
 LATENCY, SECONDS_PER_BYTE = 5e-2, 1e-8
@@ -19,15 +20,15 @@ LATENCY, SECONDS_PER_BYTE = 5e-2, 1e-8
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_two_times_give_the_link(ranks: int) -> None:
-    link, sizes = Link(3e-5, 2e-10), (4096, 1 << 20)
-    seconds = tuple(link.seconds(ranks - 1, size * (ranks - 1) / ranks) for size in sizes)
-    found = fit_link(ranks, sizes, (seconds[0], seconds[1]))
-    assert found.latency == pytest.approx(link.latency) and found.seconds_per_byte == pytest.approx(2e-10)
+    sizes = 4096, 1 << 20
+    few, many = ((ranks - 1) * (3e-5 + size / ranks / 5e9) for size in sizes)
+    found = fit_link(ranks, sizes, (few, many))
+    assert found.latency == pytest.approx(3e-5) and found.bytes_per_second == pytest.approx(5e9)
 
 
 def test_noise_makes_no_negative_link() -> None:
-    assert fit_link(2, (1000, 2000), (2.0, 1.0)) == Link(2.0, 0.0)
-    assert fit_link(2, (1000, 2000), (1.0, 4.0)) == Link(0.0, 3.0 / 500)
+    assert fit_link(2, (1000, 2000), (2.0, 1.0)) == Link(math.inf, 2.0)
+    assert fit_link(2, (1000, 2000), (1.0, 4.0)) == Link(500 / 3.0, 0.0)
 
 
 def slowed(rank: int, slow: str) -> tuple[tuple[Link, Link], bool]:
@@ -60,7 +61,9 @@ def test_what_is_slow_is_seen_and_avoided(ranks: Any, slow: str) -> None:
     links = answers[0][0]
     assert all(answer[0] == links for answer in answers)
     link = links[slow == "node"]
-    assert link.latency >= LATENCY and link.seconds_per_byte >= SECONDS_PER_BYTE  # asleep, whatever the machine does
+    assert (
+        link.latency >= LATENCY and link.bytes_per_second <= 1 / SECONDS_PER_BYTE
+    )  # asleep, whatever the machine does
     for _, few in answers:
         assert few is (slow == "node")
 
@@ -69,7 +72,7 @@ def given(rank: int) -> tuple[object, object]:
     groups = ExpertMesh.build("cpu", devices_per_node=2)
     MoELayer(4, 8, 8, all_to_all="one_stage").parallelize(groups)
     first = groups.links
-    MoELayer(4, 8, 8, links=(Link(0, 0), Link(1, 1))).parallelize(groups)
+    MoELayer(4, 8, 8, links=(Link(1.0), Link(1.0, 1.0))).parallelize(groups)
     return first, groups.links
 
 
