@@ -26,6 +26,7 @@ from lightning_hetu.moe.layer import MoELayer
 from lightning_hetu.moe.mixin import MoEModuleMixin
 from lightning_hetu.moe.placement import Placement, PlacementCostModel, PlacementPlan, plan
 from lightning_hetu.moe.placement.planner import Policy
+from lightning_hetu.moe.placement.replay import Refresh
 from lightning_hetu.moe.placement.split import SplitName, balance_ratio, split_tokens
 from lightning_hetu.moe.placement_costs import measure_placement_costs
 from lightning_hetu.moe.relocate import Relocation, check_elementwise
@@ -45,6 +46,8 @@ class FlexMoEPlacement(Callback):
             hot on all ranks (FasterMoE); ``none``.
         split: How tokens of an expert are split between its ranks: ``flow``, such that the fullest rank has least, or
             ``even``.
+        refresh: When the ``flow`` split is solved: by the tokens of a ``step`` in its forward pass, or by those of the
+            window at each ``check``.
         threshold: Balance ratio above which something is done.
         interval: Optimizer steps between two looks.
         window: Optimizer steps whose tokens count.
@@ -66,6 +69,7 @@ class FlexMoEPlacement(Callback):
         slots: int | float = 1.5,
         policy: Policy = "flexmoe",
         split: SplitName = "flow",
+        refresh: Refresh = "check",
         threshold: float = 1.1,
         interval: int = 10,
         window: int = 10,
@@ -79,7 +83,8 @@ class FlexMoEPlacement(Callback):
                 raise ValueError(f"{name}={value!r}: expected an integer of at least {least}.")
         if max_ops is not None and (isinstance(max_ops, bool) or not isinstance(max_ops, int) or max_ops < 1):
             raise ValueError(f"max_ops={max_ops!r}: expected an integer of at least 1, or null for any number.")
-        for name, option, allowed in (("policy", policy, Policy), ("split", split, SplitName)):
+        choices = (("policy", policy, Policy), ("split", split, SplitName), ("refresh", refresh, Refresh))
+        for name, option, allowed in choices:
             if option not in get_args(allowed):
                 raise ValueError(f"{name}={option!r}: expected one of {', '.join(get_args(allowed))}.")
         if isinstance(slots, bool) or not isinstance(slots, int | float) or not slots >= 1:
@@ -93,6 +98,7 @@ class FlexMoEPlacement(Callback):
         self.slots, self.threshold, self.interval, self.window = slots, threshold, interval, window
         self.policy: Policy = policy
         self.split: SplitName = split
+        self.refresh: Refresh = refresh
         self.max_ops, self.start_step, self.dry_run, self.cost_model = max_ops, start_step, dry_run, cost_model
         self._costs = None if isinstance(cost_model, str) else cost_model
         self.operations = 0
@@ -143,6 +149,9 @@ class FlexMoEPlacement(Callback):
         if self.cost_model == "profile":
             with isolate_rng():
                 self._costs = measure_placement_costs(self._layers[0])
+        if self._solves_each_step:
+            for layer in self._layers:
+                layer.fractions = None
         self._restore(trainer.optimizers)
 
     def _restore(self, optimizers: list[Optimizer]) -> None:
@@ -159,7 +168,8 @@ class FlexMoEPlacement(Callback):
         self._mover.move(self._layers, [Placement.from_lists(slots) for slots in saved["placements"]], optimizers)
         self._mover.finish()
         for layer, fractions in zip(self._layers, saved["fractions"], strict=True):
-            layer.fractions = np.array(fractions)
+            solved = fractions is None or self._solves_each_step
+            layer.fractions = None if solved else np.array(fractions)
         self._counts.extend(np.array(counts) for counts in saved["counts"])
 
     def on_train_batch_end(
@@ -199,7 +209,7 @@ class FlexMoEPlacement(Callback):
         for layer, loads, found in zip(self._layers, mean, plans, strict=True):
             assert layer.placement is not None
             split = split_tokens(loads, layer.placement, self.split)
-            layer.fractions = split.fractions
+            layer.fractions = None if self._solves_each_step else split.fractions
             planned.append(found.ratio_after if self.dry_run and found is not None else split.ratio)
         rows = torch.from_numpy(self._rows).to(pl_module.device)
         if dist.get_world_size() > rows.shape[1]:
@@ -232,6 +242,10 @@ class FlexMoEPlacement(Callback):
             cost_model=self._costs,
         )
         return found if found.ops and (found.pays or self.policy == "shadow") else None
+
+    @property
+    def _solves_each_step(self) -> bool:
+        return self.refresh == "step" and self.split == "flow"
 
     @staticmethod
     def _after(layer: MoELayer, found: PlacementPlan | None) -> Placement:
@@ -270,7 +284,7 @@ class FlexMoEPlacement(Callback):
         self._finish()
         return {
             "placements": [layer.placement.to_lists() for layer in self._layers if layer.placement is not None],
-            "fractions": [layer.fractions.tolist() for layer in self._layers if layer.fractions is not None],
+            "fractions": [None if layer.fractions is None else layer.fractions.tolist() for layer in self._layers],
             "counts": [counts.tolist() for counts in self._counts],
         }
 

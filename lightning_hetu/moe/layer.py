@@ -23,7 +23,7 @@ from lightning_hetu.moe.exchange import Exchange
 from lightning_hetu.moe.experts import Activation, Backend, Experts
 from lightning_hetu.moe.gates import Gate, GateOutput, build_gate
 from lightning_hetu.moe.placement.placement import Placement
-from lightning_hetu.moe.placement.split import even_split
+from lightning_hetu.moe.placement.split import even_split, optimal_split
 from lightning_hetu.moe.route import route_of_placement, route_of_shares
 from lightning_hetu.parallel.expert_mesh import ExpertMesh
 from lightning_hetu.parallel.experts import SharesExperts
@@ -38,8 +38,9 @@ class MoELayer(SharesExperts):
     """Sends every token to the experts its gate chooses, and adds up what they say.
 
     After a forward pass, ``losses`` has the gate's auxiliary losses with their graph, ``last`` its decisions without.
-    Where experts are shared out, ``rank_rows`` has the rows that each rank worked on; where they have slots to move
-    between, ``placement`` tells which expert is where, and ``fractions`` ``[experts, ranks]`` how tokens are split.
+    Where experts are shared out, ``rank_rows`` has the rows that each rank worked on. Where they have slots to move
+    between, ``placement`` tells which expert is where, and ``fractions`` ``[experts, ranks]`` how tokens are split, or
+    ``None`` for the optimal split of every forward pass.
 
     Args:
         dim: Width of a token.
@@ -188,8 +189,8 @@ class MoELayer(SharesExperts):
         if self.placement is None:
             route = route_of_shares(everyone, rank)
         else:
-            assert self.fractions is not None
-            route = route_of_placement(everyone, rank, self.placement, self.fractions)
+            split = optimal_split(everyone, self.placement).fractions if self.fractions is None else self.fractions
+            route = route_of_placement(everyone, rank, self.placement, split)
         self.rank_rows = route.rank_rows
         exchange = Exchange(route.table, groups, self._takes_two_stages(route.table, rows))
         order = torch.from_numpy(route.receive_order)

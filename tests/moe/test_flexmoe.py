@@ -46,6 +46,7 @@ def test_a_run_with_moving_experts_is_that_of_one_process(ranks: Any, tmp_path: 
     module = {**MODULE, "gate_options": {**MODULE["gate_options"], "k": 1}} if policy == "shadow" else MODULE
     wanted = fit(0, str(tmp_path), module=module, trainer=TRAINER, dtype=torch.float64)
     flex = {**EAGER, "policy": policy, "max_ops": None, "split": "even" if policy == "eplb" else "flow"}
+    flex["refresh"] = "step" if policy == "flexmoe" else "check"
     answers = ranks(RANKS).run(run, str(tmp_path), flex, RANKS, {"trainer": TRAINER, "module": module})
     for found in answers:
         close(found, wanted, wanted["losses"])
@@ -164,6 +165,7 @@ def _module_and_data() -> tuple[Any, Any]:
         ({"slots": True}, "slots=True"),
         ({"policy": "best"}, "policy='best': expected one of flexmoe, eplb, shadow, none."),
         ({"split": "odd"}, "split='odd': expected one of even, flow."),
+        ({"refresh": "never"}, "refresh='never': expected one of step, check."),
         ({"threshold": 0.9}, "threshold=0.9: expected a balance ratio of at least 1."),
         ({"interval": 0}, "interval=0: expected an integer of at least 1."),
         ({"window": 1.5}, "window=1.5: expected an integer of at least 1."),
