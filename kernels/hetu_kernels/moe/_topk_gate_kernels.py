@@ -122,9 +122,9 @@ def _topk_gate_bwd_kernel(
     tl.store(dlogits_ptr + row * E + col, dlogits, mask=(row < num_tokens) & (col < E))
 
 
-def _config(experts: int) -> Config:
+def _config(experts: int, tile: int = _TILE) -> Config:
     block = next_power_of_2(experts)
-    return Config({"ROWS": max(1, _TILE // block), "EXPERTS": block}, num_warps=_WARPS, num_stages=1)
+    return Config({"ROWS": max(1, tile // block), "EXPERTS": block}, num_warps=_WARPS, num_stages=1)
 
 
 def launch_topk_gate_forward(
@@ -149,7 +149,8 @@ def launch_topk_gate_forward(
     counts = alloc.empty((experts,), dtype=torch.int32, device=logits.device).zero_()
     scores = alloc.empty((tokens if with_scores else 0, experts), dtype=torch.float32, device=logits.device)
     if tokens:
-        config = _config(experts)
+        # Many rounds, unrolled, keep more in registers: half the tile, or triton 3.6 spills for 128 experts and k = 8.
+        config = _config(experts, _TILE if k <= 4 else _TILE // 2)
         tiles = cdiv(tokens, config.blocks["ROWS"])
         logits = last_dim_contiguous(logits)
         with on_device(logits):
