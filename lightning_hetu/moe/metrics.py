@@ -117,16 +117,17 @@ class BalanceRatio(Metric):
         self.owners = torch.tensor(owners)
         self.add_state("loads", default=torch.zeros(max(owners) + 1, dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, decided: GateOutput) -> None:
-        """Adds what a gate has decided for a batch."""
-        self.loads.index_add_(0, self.owners.to(self.loads.device), decided.kept_per_expert.to(self.loads))
+    def update(self, decided: GateOutput | Sequence[int]) -> None:
+        """Adds a batch.
 
-    def update_rows(self, rows: Sequence[int]) -> None:
-        """Adds the rows that each rank worked on, where experts do not stay with their owners.
-
-        All ranks of a group know them, so they count once for each: that changes no ratio.
+        Args:
+            decided: What a gate has decided; or the rows that each rank worked on, where experts do not stay with their
+                owners. All ranks know those, and add them: that changes no ratio.
         """
-        self.loads += torch.tensor(rows).to(self.loads)
+        if isinstance(decided, GateOutput):
+            self.loads.index_add_(0, self.owners.to(self.loads.device), decided.kept_per_expert.to(self.loads))
+        else:
+            self.loads += torch.tensor(decided).to(self.loads)
 
     def compute(self) -> Tensor:
         """The ratio; 1 without tokens."""

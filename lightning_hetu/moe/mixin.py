@@ -159,10 +159,7 @@ class MoEModuleMixin(LightningModule):
                 loads = layer.last.tokens_per_expert
                 self._moe_loads[number] = self._moe_loads[number] + loads if number in self._moe_loads else loads
                 for name, metric in self._moe_metrics[number].items():
-                    if name == "balance_ratio" and layer.rank_rows:
-                        cast(BalanceRatio, metric).update_rows(layer.rank_rows)
-                    else:
-                        metric.update(layer.last)
+                    metric.update(layer.rank_rows if name == "balance_ratio" and layer.rank_rows else layer.last)
         if self.trainer.global_step == self._moe_step:
             return
         self._moe_step = self.trainer.global_step

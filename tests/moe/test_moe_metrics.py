@@ -74,3 +74,10 @@ def test_counts_of_ranks_are_added(ranks: Any) -> None:
     """One rank has one token, the other three, of which one is dropped: not the mean of ranks' figures."""
     for found in ranks(2).run(over_ranks):
         assert found == pytest.approx([3.0, 1.0, 0.25, 4 / 3])
+
+
+def test_balance_of_rows_that_ranks_worked_on() -> None:
+    metric = BalanceRatio([0, 0, 1, 1])
+    metric.update((3, 1))
+    metric.update((2, 2))
+    assert metric.compute() == 5 / 4
