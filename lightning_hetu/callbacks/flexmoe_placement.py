@@ -15,12 +15,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from numpy.typing import NDArray
 from torch.optim import Optimizer
 
-from lightning_hetu.callbacks.routing_trace import gathered, step_counts
+from lightning_hetu.callbacks.dts_gate_schedule import DTSGateSchedule
+from lightning_hetu.callbacks.routing_trace import check_layers, gathered, step_counts
 from lightning_hetu.moe.gradients import moe_layers
 from lightning_hetu.moe.layer import MoELayer
 from lightning_hetu.moe.mixin import MoEModuleMixin
@@ -35,10 +37,10 @@ from lightning_hetu.moe.relocate import Relocation, check_elementwise
 class FlexMoEPlacement(Callback):
     """Copies hot experts to more ranks, takes copies of cold ones away, and moves others, under DDPStrategy.
 
-    Every rank has slots for more experts than its share. Logged every ``interval`` optimizer steps, as means over
-    layers: ``flex/balance_ratio``, tokens of the fullest rank over the mean since the last time;
-    ``flex/balance_ratio_planned``, what is expected from now on; ``flex/operations``, ``flex/bytes_moved`` over all
-    ranks, and ``flex/seconds``, of planning and moving weights.
+    Every rank has slots for more experts than its share. At each look, every ``interval`` optimizer steps, there are
+    new values, which Lightning writes every ``log_every_n_steps``. As means over layers: ``flex/balance_ratio``, tokens
+    of the fullest rank over the mean since the last look; ``flex/balance_ratio_planned``, what is expected from now on;
+    ``flex/operations``, ``flex/bytes_moved`` over all ranks, and ``flex/seconds``, of planning and moving weights.
 
     Args:
         slots: Experts that a rank has room for: a whole number, or as a multiple of its share, rounded up.
@@ -51,7 +53,8 @@ class FlexMoEPlacement(Callback):
         threshold: Balance ratio above which something is done.
         interval: Optimizer steps between two looks.
         window: Optimizer steps whose tokens count.
-        max_ops: Most operations of a layer at a time.
+        max_ops: Most operations of a layer at a time; ``eplb`` and ``shadow`` do nothing where they need more. By
+            default any number.
         start_step: Optimizer step before which nothing is done.
         dry_run: Whether plans are only logged.
         cost_model: What steps and moves take: ``profile`` measures it when training starts, by the first layer. By
@@ -73,7 +76,7 @@ class FlexMoEPlacement(Callback):
         threshold: float = 1.1,
         interval: int = 10,
         window: int = 10,
-        max_ops: int | None = 8,
+        max_ops: int | None = None,
         start_step: int = 0,
         dry_run: bool = False,
         cost_model: PlacementCostModel | Literal["profile"] | None = None,
@@ -109,7 +112,7 @@ class FlexMoEPlacement(Callback):
         """Of each step int64 ``[layers, ranks, experts]``, of all groups of ranks together."""
         self._current: torch.Tensor | None = None
         self._rows: NDArray[np.int64] | None = None
-        self._step = 0
+        self._step = self._looked = 0
 
     # ------------------------------------------------------------------ the run
 
@@ -128,6 +131,11 @@ class FlexMoEPlacement(Callback):
                 f"FlexMoEPlacement: under {type(trainer.strategy).__name__} experts stay where they are; use"
                 " DDPStrategy."
             )
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            averages = isinstance(other, StochasticWeightAveraging | WeightAveraging)
+            if averages or (isinstance(other, DTSGateSchedule) and other.diversify_step is not None):
+                what = "averages of weights do" if averages else "diversify_step does"
+                raise ValueError(f"FlexMoEPlacement with {type(other).__name__}: {what} not follow experts that move.")
         pl_module.expert_slots = self.slots
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -136,16 +144,20 @@ class FlexMoEPlacement(Callback):
         Raises:
             ValueError: If an optimizer cannot be used.
         """
-        self._step, self._current, self._rows = trainer.global_step, None, None
+        self._step = self._looked = trainer.global_step
+        self._current, self._rows = None, None
+        check_layers("FlexMoEPlacement", pl_module)
         self._layers = list(moe_layers(pl_module))
         if not self._layers or any(layer.placement is None for layer in self._layers):
-            rank_zero_warn("FlexMoEPlacement: experts are not shared out over ranks, so there is nothing to move.")
+            rank_zero_warn(
+                "FlexMoEPlacement: experts are not shared out over ranks with slots for more: there is nothing to move."
+            )
             self._layers = []
             return
         check_elementwise(trainer.optimizers)
         groups = self._layers[0].groups
         assert groups is not None
-        self._mover = Relocation.among(groups)
+        self._mover = Relocation.among(groups, getattr(trainer.strategy, "_timeout", None))
         if self.cost_model == "profile":
             with isolate_rng():
                 self._costs = measure_placement_costs(self._layers[0])
@@ -180,19 +192,21 @@ class FlexMoEPlacement(Callback):
             return
         counts = step_counts(pl_module)
         self._current = counts if self._current is None else self._current + counts
-        rows = np.array([layer.rank_rows for layer in self._layers])
+        groups = self._layers[0].groups
+        assert groups is not None
+        # A layer may have been left out of this batch.
+        rows = np.array([layer.rank_rows or (0,) * groups.expert_size for layer in self._layers])
         self._rows = rows if self._rows is None else self._rows + rows
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
-        groups = self._layers[0].groups
-        assert groups is not None
         everyone = gathered(self._current).cpu().numpy()  # [ranks, layers, experts]
         self._current = None
         # Groups of ranks have the same experts in the same places, so they decide by all their tokens.
         together = everyone.reshape(-1, groups.expert_size, *everyone.shape[1:]).sum(axis=0)
         self._counts.append(together.swapaxes(0, 1))
-        if self._step % self.interval == 0 and self._step >= self.start_step:
+        if self._step // self.interval > self._looked // self.interval and self._step >= self.start_step:
+            self._looked = self._step
             self._look(trainer, pl_module)
 
     def _look(self, trainer: Trainer, pl_module: LightningModule) -> None:

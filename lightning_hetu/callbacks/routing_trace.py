@@ -38,20 +38,13 @@ class RoutingTrace(Callback):
         """Of each step int64 ``[layers, experts]``, this rank's own tokens."""
         self._current: Tensor | None = None
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Looks for the layers.
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begins anew.
 
         Raises:
-            ValueError: If the model has none, or they have different numbers of experts.
+            ValueError: If the model has no layers, or they have different numbers of experts.
         """
-        numbers = {layer.num_experts for layer in moe_layers(pl_module)}
-        if not numbers and stage == "fit":
-            raise ValueError(f"RoutingTrace: {type(pl_module).__name__} has no MoELayer.")
-        if len(numbers) > 1:
-            raise ValueError(f"RoutingTrace: layers have {sorted(numbers)} experts, expected the same number in all.")
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begins anew."""
+        check_layers("RoutingTrace", pl_module)
         self._step, self._steps, self._current = trainer.global_step, [], None
 
     def on_train_batch_end(
@@ -79,6 +72,19 @@ class RoutingTrace(Callback):
         for layer in range(everyone.shape[2]):
             save_trace(everyone[:, :, layer].swapaxes(0, 1), folder / f"layer{layer}.npz")
         rank_zero_info(f"wrote the routing of {len(self._steps)} steps to {folder}")
+
+
+def check_layers(callback: str, module: LightningModule) -> None:
+    """Refuses models whose layers cannot be looked at together.
+
+    Raises:
+        ValueError: If there are none, or they have different numbers of experts.
+    """
+    numbers = {layer.num_experts for layer in moe_layers(module)}
+    if not numbers:
+        raise ValueError(f"{callback}: {type(module).__name__} has no MoELayer.")
+    if len(numbers) > 1:
+        raise ValueError(f"{callback}: layers have {sorted(numbers)} experts, expected the same number in all.")
 
 
 def step_counts(module: LightningModule) -> Tensor:

@@ -20,7 +20,7 @@ from lightning_hetu.moe.gradients import expert_parameters, moe_layers
 from lightning_hetu.moe.layer import MoELayer
 
 _KEY = "expert_states"
-"""In a checkpoint: for each optimizer, the numbers of its parameters that are stacked experts."""
+"""In a checkpoint: for each optimizer, the numbers of its parameters that are stacked experts, with their names."""
 
 
 def gather_experts(module: nn.Module, checkpoint: dict[str, Any], optimizers: Sequence[Optimizer]) -> None:
@@ -33,12 +33,14 @@ def gather_experts(module: nn.Module, checkpoint: dict[str, Any], optimizers: Se
     """
     spread = _spread_layers(module)
     for name, layer in _by_name(module, spread).items():
-        checkpoint["state_dict"][name] = _whole(checkpoint["state_dict"][name], layer)
-    numbers: list[list[int]] = []
+        if name in checkpoint["state_dict"]:  # or the module leaves it out, on all ranks alike
+            checkpoint["state_dict"][name] = _whole(checkpoint["state_dict"][name], layer)
+    numbers: list[dict[int, str]] = []
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
     known = {id(parameter): layer for layer in moe_layers(module) for parameter in layer.experts.parameters()}
     for optimizer, state in zip(optimizers, checkpoint.get("optimizer_states", ()), strict=False):
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        numbers.append([number for number, parameter in enumerate(parameters) if id(parameter) in known])
+        numbers.append({number: names[id(p)] for number, p in enumerate(parameters) if id(p) in known})
         if not spread:
             continue
         # The values are those of the optimizer itself, which goes on with its own.
@@ -53,7 +55,7 @@ def gather_experts(module: nn.Module, checkpoint: dict[str, Any], optimizers: Se
 
 
 def scatter_experts(module: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Cuts this rank's share out of a checkpoint that has all experts, in place; before any has moved.
+    """Cuts this rank's share out of a checkpoint that has all experts, in place.
 
     Args:
         module: The model.
@@ -65,22 +67,21 @@ def scatter_experts(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     spread = _spread_layers(module)
     if not spread:
         return
-    layer_of: dict[torch.Size, MoELayer] = {}  # by the shape of all its experts; experts of one shape lie alike
-    for name, layer in _by_name(module, spread).items():
+    layers = _by_name(module, spread)
+    for name, layer in layers.items():
         whole = checkpoint["state_dict"].get(name)
         if whole is None:  # strict loading says so itself
             continue
         if whole.shape[0] != layer.num_experts:
             raise ValueError(f"checkpoint: {name!r} has {whole.shape[0]} experts, expected {layer.num_experts}.")
         checkpoint["state_dict"][name] = _share(whole, layer)
-        if layer_of.setdefault(whole.shape, layer).placement != layer.placement:
-            raise RuntimeError("checkpoint: experts have moved already; load it before training begins.")
     for numbers, state in zip(checkpoint.get(_KEY, ()), checkpoint.get("optimizer_states", ()), strict=False):
-        for number in numbers:
+        for number, name in numbers.items():
             values = state["state"].get(number, {})
             for key, value in values.items():
-                if isinstance(value, Tensor) and value.shape in layer_of:
-                    values[key] = _share(value, layer_of[value.shape])
+                # Not a count of steps, which all rows have in common.
+                if isinstance(value, Tensor) and value.dim() and name in layers:
+                    values[key] = _share(value, layers[name])
 
 
 def _spread_layers(module: nn.Module) -> list[MoELayer]:

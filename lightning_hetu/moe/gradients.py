@@ -37,14 +37,20 @@ def expert_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 @torch.no_grad()
-def sync_expert_gradients(module: nn.Module, *, mean: bool = True) -> None:
+def sync_expert_gradients(
+    module: nn.Module, *, mean: bool = True, parameters: Iterable[nn.Parameter] | None = None
+) -> None:
     """Makes the gradients of experts those of the loss of all ranks; once per optimizer step, by all ranks.
 
     Args:
         module: The model.
+        parameters: Those of the optimizer that steps; layers with none of them are left alone. By default all.
         mean: Whether that loss is the mean of the ranks' losses, as with DDP; otherwise their sum.
     """
     layers = [layer for layer in moe_layers(module) if layer.groups is not None]
+    if parameters is not None:
+        stepping = {id(parameter) for parameter in parameters}
+        layers = [layer for layer in layers if any(id(p) in stepping for p in layer.experts.parameters())]
     for layer in layers:
         for parameter in layer.experts.parameters():
             if parameter.requires_grad and parameter.grad is None:  # other ranks may have one

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -56,6 +57,12 @@ class MoEModuleMixin(LightningModule):
     _moe_step = 0
     _moe_metrics: list[dict[str, Metric]]
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._completed: set[int] = set()
+        """Optimizers whose gradients are complete for the step to come."""
+        self._watched: set[int] = set()
+
     def moe_loss(self) -> Tensor:
         """Sum over layers of the gates' losses times their coefficients, of the last forward pass.
 
@@ -93,6 +100,11 @@ class MoEModuleMixin(LightningModule):
             for layer in layers:  # once there is a plan
                 layer.expert_parallel, layer.devices_per_node = self.expert_parallel, self.devices_per_node
             return
+        if not isinstance(strategy, DDPStrategy):
+            raise ValueError(
+                f"expert_parallel={self.expert_parallel}: experts cannot be shared out under {type(strategy).__name__};"
+                " use DDPStrategy or hetu_auto, or set expert_parallel=1."
+            )
         device = strategy.root_device.type
         groups = ExpertMesh.build(device, expert_parallel=self.expert_parallel, devices_per_node=self.devices_per_node)
         for layer in layers:
@@ -114,10 +126,45 @@ class MoEModuleMixin(LightningModule):
     # ------------------------------------------------------------------ gradients
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Completes the gradients of experts."""
+        """Completes the gradients of experts; who overrides it calls ``super()``."""
         super().on_before_optimizer_step(optimizer)
+        self._complete(optimizer)
+
+    def _complete(self, optimizer: Optimizer) -> None:
+        """Once per step, for the parameters of the optimizer that steps."""
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # of Lightning's wrapper
+        if id(optimizer) in self._completed:
+            return
+        self._completed.add(id(optimizer))
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         # Under a plan the loss is divided before, and gradients are summed.
-        sync_expert_gradients(self, mean=not self._is_planned)
+        sync_expert_gradients(self, mean=not self._is_planned, parameters=parameters)
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None and expert_parameters(self):
+            # One rank alone may have seen an overflow, in its own experts: all leave out the step, or none.
+            for found in scaler._found_inf_per_device(optimizer).values():
+                dist.all_reduce(found, op=dist.ReduceOp.MAX)
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if id(optimizer) not in self._completed:
+            raise RuntimeError(
+                f"{type(self).__name__}.on_before_optimizer_step does not call super().on_before_optimizer_step: the"
+                " gradients of experts were not those of all ranks."
+            )
+        self._completed.discard(id(optimizer))
+
+    def clip_gradients(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips in manual optimization, by the norm of the whole model."""
+        if self.automatic_optimization or self._is_planned or not expert_parameters(self):
+            super().clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        self._complete(optimizer)
+        self.configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def configure_gradient_clipping(
         self,
@@ -128,7 +175,7 @@ class MoEModuleMixin(LightningModule):
         """Clips by the norm of the whole model, where experts are spread over ranks."""
         others = self._is_planned or not expert_parameters(self)  # a planned strategy knows what is where
         if not gradient_clip_val or gradient_clip_algorithm == "value" or others:
-            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            super().clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         clip_with_experts(self, parameters, float(gradient_clip_val))
@@ -138,6 +185,12 @@ class MoEModuleMixin(LightningModule):
     def on_train_start(self) -> None:
         """Makes the figures of every layer."""
         super().on_train_start()
+        self._completed = set()
+        if expert_parameters(self):
+            for optimizer in self.trainer.optimizers:
+                if id(optimizer) not in self._watched:
+                    self._watched.add(id(optimizer))
+                    optimizer.register_step_post_hook(self._after_step)
         self._moe_step, self._moe_loads = self.trainer.global_step, {}
         # In a list, so that they are no part of the model.
         self._moe_metrics = [_metrics_of(layer, self.device) for layer in moe_layers(self)]
@@ -145,7 +198,7 @@ class MoEModuleMixin(LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
         """Forgets the losses of the batch before: a layer may be left out of this one."""
         for layer in moe_layers(self):
-            layer.losses, layer.last = {}, None
+            layer.losses, layer.last, layer.rank_rows = {}, None, ()
         return super().on_train_batch_start(batch, batch_idx)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:

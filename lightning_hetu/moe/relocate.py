@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -79,9 +80,14 @@ class Relocation:
     _late: list[_Transfer] = field(default_factory=list)
 
     @classmethod
-    def among(cls, groups: ExpertMesh) -> Relocation:
-        """Over the ranks that share out experts with this one; to be called by all ranks, it makes a group."""
-        group, _ = dist.new_subgroups_by_enumeration(groups.mesh.mesh.tolist())
+    def among(cls, groups: ExpertMesh, timeout: timedelta | None = None) -> Relocation:
+        """Over the ranks that share out experts with this one; to be called by all ranks, it makes a group.
+
+        Args:
+            groups: The ranks.
+            timeout: How long a rank waits for another; by default as torch has it.
+        """
+        group, _ = dist.new_subgroups_by_enumeration(groups.mesh.mesh.tolist(), timeout=timeout)
         assert group is not None
         return cls(group, groups.expert_rank)
 

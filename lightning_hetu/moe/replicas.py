@@ -49,7 +49,7 @@ def sum_over_replicas(layers: Sequence[MoELayer]) -> None:
     found = [
         _Replica(layer, expert, layer.placement.holders(expert))
         for layer in layers
-        if layer.placement is not None
+        if layer.placement is not None and _gradients(layer)  # not where all is frozen
         for expert in range(layer.num_experts)
     ]
     few = [item for item in found if 1 < len(item.holders) <= _MOST_PEERS]

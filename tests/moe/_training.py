@@ -80,11 +80,13 @@ def fit(
     checkpoint: str | None = None,
     save: str | None = None,
     dtype: torch.dtype = torch.float32,
+    kind: type[Small] = Small,
+    validate: str | None = None,
 ) -> dict[str, Any]:
     """Trains on batches of 16 samples over all ranks; gives losses, weights of the whole model, and what was logged."""
     warnings.filterwarnings("ignore")
     torch.manual_seed(0)
-    model = Small(**(module or {})).to(dtype)
+    model = kind(**(module or {})).to(dtype)
     watch = Watch()
     options: dict[str, Any] = {"max_epochs": 1, "log_every_n_steps": 1, "use_distributed_sampler": False}
     options |= trainer or {}
@@ -103,6 +105,8 @@ def fit(
     runner.fit(model, data(*rows, dtype), ckpt_path=checkpoint, weights_only=False)
     if save is not None:
         runner.save_checkpoint(Path(folder) / save)
+    if validate is not None:
+        runner.validate(model, data(*rows, dtype), ckpt_path=validate, verbose=False, weights_only=False)
     logged = {name: float(value) for name, value in runner.callback_metrics.items()}
     if ours:
         share = model.layers[0].experts.num_slots

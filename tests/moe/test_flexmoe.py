@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging
 
-from lightning_hetu.callbacks import FlexMoEPlacement, RoutingTrace
+from lightning_hetu.callbacks import DTSGateSchedule, FlexMoEPlacement, RoutingTrace
 from lightning_hetu.moe.placement import load_trace
 from tests._ranks import free_port
-from tests.moe._training import DIM, EXPERTS, SAMPLES, fit
+from tests.moe._training import DIM, EXPERTS, SAMPLES, Small, fit
 
 RANKS = 4
 MODULE: dict[str, Any] = {"gate": "topk", "gate_options": {"k": 2, "balance_scope": "global", "z_loss": True}}
@@ -74,6 +75,32 @@ def test_checkpoints_know_nothing_of_placements(ranks: Any, tmp_path: Path) -> N
     state = next(value for key, value in saved["callbacks"].items() if "FlexMoEPlacement" in key)
     assert state["placements"] == first[0]["placements"] and len(state["counts"]) == EAGER["window"]
     assert saved["state_dict"]["layers.0.experts.w1"].shape[0] == EXPERTS
+
+
+class Frozen(Small):
+    """The experts of its first layer are not trained."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.layers[0].experts.requires_grad_(False)
+
+
+def fit_and_look_back(rank: int, folder: str) -> tuple[list[float], float, int]:
+    """Fits with moving experts, and then validates what was saved before they had moved."""
+    callback = FlexMoEPlacement(**{**EAGER, "slots": 3})
+    first = fit(rank, folder, ranks=2, module=MODULE, kind=Frozen, trainer={"max_epochs": 1}, save="first.ckpt")
+    again = fit(rank, folder, ranks=2, module=MODULE, kind=Frozen, trainer=TRAINER, callbacks=(callback,),
+                validate=f"{folder}/first.ckpt")  # fmt: skip
+    return first["losses"] + again["losses"], again["logged"]["val_loss"], callback.operations
+
+
+def test_a_checkpoint_loads_where_experts_have_moved(ranks: Any, tmp_path: Path) -> None:
+    """Into layers whose experts lie in different places, some of them frozen with several copies."""
+    first = fit(0, str(tmp_path), module=MODULE, kind=Frozen, trainer={"max_epochs": 1}, save="one.ckpt")
+    again = fit(0, str(tmp_path), module=MODULE, kind=Frozen, trainer=TRAINER, validate=f"{tmp_path}/one.ckpt")
+    for losses, validation, operations in ranks(2).run(fit_and_look_back, str(tmp_path)):
+        assert losses == pytest.approx(first["losses"] + again["losses"], rel=1e-5)
+        assert validation == pytest.approx(again["logged"]["val_loss"], rel=1e-5) and operations > 0
 
 
 def dry(rank: int, folder: str) -> tuple[dict[str, float], list[Any]]:
@@ -153,9 +180,23 @@ def test_one_process_has_nothing_to_move(tmp_path: Path) -> None:
 
 
 def _module_and_data() -> tuple[Any, Any]:
-    from tests.moe._training import Small, data
+    from tests.moe._training import data
 
     return Small(**MODULE), data(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (EMAWeightAveraging(), "FlexMoEPlacement with EMAWeightAveraging: averages of weights do not follow experts"),
+        (DTSGateSchedule(steps=9, diversify_step=3), "FlexMoEPlacement with DTSGateSchedule: diversify_step does not"),
+    ],
+)
+def test_callbacks_that_would_mix_up_experts_are_refused(other: Callback, message: str) -> None:
+    callback = FlexMoEPlacement()
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[callback, other])
+    with pytest.raises(ValueError, match=message):
+        callback.setup(trainer, Small(**MODULE), "fit")
 
 
 @pytest.mark.parametrize(

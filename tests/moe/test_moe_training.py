@@ -151,3 +151,73 @@ def test_losses_without_a_coefficient_are_named() -> None:
     with pytest.raises(ValueError, match="moe_coefficients: expected one for 'z'; there are balance"):
         model.moe_loss()
     assert isinstance(model.layers[0].gate, Gate)
+
+
+class TwoOptimizers(Small):
+    """Steps dense parameters and experts by themselves, by hand, and clips."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        dense, experts = self.optimizers()
+        loss = super().training_step(batch, batch_idx)
+        dense.zero_grad()
+        experts.zero_grad()
+        self.manual_backward(loss)
+        self.clip_gradients(dense, 0.1, "norm")
+        dense.step()
+        experts.step()
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        inside = {id(parameter) for layer in self.layers for parameter in layer.experts.parameters()}
+        both = [[p for p in self.parameters() if (id(p) in inside) is there] for there in (False, True)]
+        return [torch.optim.SGD(parameters, lr=0.05) for parameters in both]
+
+
+def by_hand(rank: int, folder: str, ranks: int) -> list[float]:
+    return [float(value) for value in fit(rank, folder, ranks=ranks, module=GLOBAL, kind=TwoOptimizers)["losses"]]
+
+
+def test_several_optimizers_complete_their_gradients_once(ranks: Any, tmp_path: Path) -> None:
+    wanted = by_hand(0, str(tmp_path), 1)
+    for found in ranks(2).run(by_hand, str(tmp_path), 2):
+        assert found == pytest.approx(wanted, rel=1e-5)
+
+
+class Forgetful(Small):
+    """Overrides a hook of the mixin and leaves out what it does."""
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        pass
+
+
+def forgets(rank: int, folder: str) -> str:
+    try:
+        fit(rank, folder, ranks=2, module=GLOBAL, kind=Forgetful)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_a_hook_without_super_is_noticed(ranks: Any, tmp_path: Path) -> None:
+    for message in ranks(2).run(forgets, str(tmp_path)):
+        assert message.startswith("Forgetful.on_before_optimizer_step does not call super()")
+
+
+def other_strategy(rank: int, folder: str) -> str:
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
+    try:
+        fit(rank, folder, ranks=2, module=GLOBAL, trainer={"strategy": strategy})
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_strategies_that_know_nothing_of_experts_are_refused(ranks: Any, tmp_path: Path) -> None:
+    for message in ranks(2).run(other_strategy, str(tmp_path)):
+        assert message.startswith("expert_parallel=None: experts cannot be shared out under ModelParallelStrategy;")
