@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from lightning_hetu.moe.placement.eplb import constructed
 from lightning_hetu.moe.placement.even_search import EvenState
+from lightning_hetu.moe.placement.exhaustive import MOST_SLOTS, exhaustive
 from lightning_hetu.moe.placement.flow_search import MOST_RANKS, FlowState
 from lightning_hetu.moe.placement.greedy import Effort, Prices, State, improve
 from lightning_hetu.moe.placement.moves import Floats, Layout
@@ -20,7 +21,6 @@ from lightning_hetu.moe.placement.split import SplitName
 from lightning_hetu.moe.placement.transition import num_missing, relabel, transition
 
 _STARTS = 2  # new placements that are improved, where there are few slots
-_LEAST_ROOM = 0.02  # mean loads that a new placement must be able to save; constructing it takes time as well
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,13 @@ class Problem:
     def effort(self) -> Effort:
         """How much to try: the less, the more slots there are."""
         size = self.placement.num_ranks * self.placement.num_slots
-        if size <= 16:
-            return Effort(wide=True, ahead=24, looks=4, moves=64, least_gain=1e-9)
+        if size <= MOST_SLOTS:
+            return Effort(wide=True, ahead=12, looks=3, moves=64, least_gain=1e-9, least_room=0.005)
         if size <= 32:
-            return Effort(wide=True, ahead=12, looks=3, moves=64, least_gain=1e-9)
-        return Effort(wide=False, ahead=3, looks=1, moves=10 + self.placement.num_ranks, least_gain=1e-3)
+            return Effort(wide=True, ahead=12, looks=3, moves=64, least_gain=1e-9, least_room=0.005)
+        return Effort(
+            wide=False, ahead=3, looks=1, moves=6 + self.placement.num_ranks, least_gain=2e-3, least_room=0.02
+        )
 
 
 def ways(problem: Problem) -> list[list[Operation]]:
@@ -69,7 +71,7 @@ def ways(problem: Problem) -> list[list[Operation]]:
     state = problem.state(start)
     path = improve(state, problem.prices, effort, most)
     options = [_option(problem, path, state)]
-    if state.fullest - 1 + problem.prices.locality > _LEAST_ROOM:
+    if state.fullest - 1 + problem.prices.locality > effort.least_room:
         for other in _new_placements(problem, effort):
             named = relabel(start, other.layout.experts)
             copies = num_missing(start, named)
@@ -132,7 +134,10 @@ def _new_placements(problem: Problem, effort: Effort) -> list[State]:
         return states
     best = [state.copy() for state in sorted(states, key=lambda state: state.fullest)[:_STARTS]]
     for state in best:
-        improve(state, Prices.free(ranks), effort, problem.max_ops)
+        improve(state, Prices.free(ranks), replace(effort, ahead=6, looks=1), problem.max_ops)
+    if problem.split == "even" and ranks * slots <= MOST_SLOTS:
+        found = exhaustive(problem.loads, ranks, slots, min(state.fullest for state in best))
+        best += [problem.state(_filled(found, slots))] if found is not None else []
     return [states[0], *best]
 
 

@@ -73,8 +73,7 @@ class Prices:
         if self.sync is None:
             return state.fullest
         layout = state.layout
-        here = (layout.held * layout.sources).sum(axis=0)[:-1]
-        return state.fullest + float(self._sync(layout.held[:-1]).sum() - self.locality * here.min())
+        return state.fullest + float(self._sync(layout.held[:-1]).sum() - self.locality * layout.at_home[:-1].min())
 
     def of(self, layout: Layout, moves: Ints) -> Floats:
         """What each move adds."""
@@ -92,14 +91,13 @@ class Prices:
             np.put_along_axis(held, to[:, :, None], 1.0, axis=2)
             np.put_along_axis(held, off[:, :, None], 0.0, axis=2)
             change = self._sync(held) - before
-        here = (layout.held * layout.sources).sum(axis=0)  # tokens that can stay on each rank
-        after = np.empty((len(moves), len(here)))
-        after[:] = here
+        after = np.empty((len(moves), layout.num_ranks + 1))
+        after[:] = layout.at_home
         rows = np.arange(len(moves))
         for item in (0, 1):
             after[rows, to[:, item]] += layout.sources[experts[:, item], to[:, item]]
             after[rows, off[:, item]] -= layout.sources[experts[:, item], off[:, item]]
-        return price + change.sum(axis=1) + self.locality * (_stay(here) - _stay(after))
+        return price + (change[:, 0] + change[:, 1]) + self.locality * (_stay(layout.at_home) - _stay(after))
 
     def _sync(self, held: Floats) -> Floats:
         assert self.sync is not None
@@ -112,7 +110,8 @@ class Prices:
 def _stay(here: Floats) -> Floats:
     """Tokens that stay on a rank: of the rank with the fewest, which takes longest to exchange, and on average."""
     here = here[..., :-1]
-    return (here.min(axis=-1) + here.sum(axis=-1) / here.shape[-1]) / 2
+    least: Floats = np.minimum.reduce(here, axis=-1)
+    return (least + np.add.reduce(here, axis=-1) / here.shape[-1]) / 2
 
 
 @dataclass(frozen=True)
@@ -125,6 +124,7 @@ class Effort:
         looks: How often.
         moves: Most moves, looks included.
         least_gain: What a move must gain, in mean loads.
+        least_room: What new placements must be able to gain for being constructed, in mean loads.
     """
 
     wide: bool
@@ -132,6 +132,7 @@ class Effort:
     looks: int
     moves: int
     least_gain: float
+    least_room: float
 
 
 def improve(state: State, prices: Prices, effort: Effort, max_operations: int) -> list[Operation]:
@@ -181,10 +182,11 @@ def _score(loads: Floats) -> Floats:
     powers = loads
     for _ in range(_DOUBLINGS):
         powers = np.square(powers)
-    mean = powers.sum(axis=-1) / loads.shape[-1]
+    mean = np.add.reduce(powers, axis=-1) / loads.shape[-1]
     for _ in range(_DOUBLINGS):
         mean = np.sqrt(mean)
-    return loads.max(axis=-1) + _POWER_MEAN * mean
+    fullest: Floats = np.maximum.reduce(loads, axis=-1)
+    return fullest + _POWER_MEAN * mean
 
 
 def _num_operations(move: Move) -> int:

@@ -57,6 +57,8 @@ class Layout:
         self.held[:-1, :-1] = placement.matrix
         self.sources: Floats = np.zeros_like(self.held)
         self.sources[:-1, :-1] = sources.T
+        # Tokens of each rank that it can compute itself.
+        self.at_home: Floats = (self.held * self.sources).sum(axis=0)
         self.counts: Ints = np.array([*map(len, self.holders), 1])
 
     def copy(self) -> Layout:
@@ -67,7 +69,7 @@ class Layout:
         twin.holders = [ranks.copy() for ranks in self.holders]
         twin.sources = self.sources
         twin.shares = self.shares.copy()
-        twin.held, twin.counts = self.held.copy(), self.counts.copy()
+        twin.held, twin.counts, twin.at_home = self.held.copy(), self.counts.copy(), self.at_home.copy()
         return twin
 
     @property
@@ -82,11 +84,13 @@ class Layout:
                 self.experts[lost].remove(item)
                 self.holders[item].remove(lost)
                 self.held[item, lost] = 0.0
+                self.at_home[lost] -= self.sources[item, lost]
                 self.counts[item] -= 1
             if gained != NONE:
                 self.experts[gained].append(item)
                 self.holders[item].append(gained)
                 self.held[item, gained] = 1.0
+                self.at_home[gained] += self.sources[item, gained]
                 self.counts[item] += 1
             if item != NONE:
                 self.shares[item] = self.loads[item] / len(self.holders[item])
@@ -139,6 +143,8 @@ def candidates(
                     moves.append((expert, target, source, other, NONE, target))
             others = row
             if not wide:
+                if not full:  # a free slot is better than an exchange
+                    continue
                 # Half of the difference between the ranks should move.
                 place = bisect_left(shares, share[expert] - (levels[source] - levels[target]) / 2)
                 others = row[max(place - 1, 0) : place + 1]

@@ -156,15 +156,16 @@ class Placement:
         for operation in operations:
             _check(rows, operation)
             source = rows[operation.source]
-            slot = source.index(operation.expert)
             if isinstance(operation, Shrink):
-                source[slot] = FREE
+                source[source.index(operation.expert)] = FREE
                 continue
             target = rows[operation.destination]
-            other = operation.other if isinstance(operation, Migrate) else None
-            target[target.index(FREE if other is None else other)] = operation.expert
             if isinstance(operation, Migrate):
-                source[slot] = FREE if other is None else other
+                other = FREE if operation.other is None else operation.other
+                source[source.index(operation.expert)] = other
+                target[target.index(other)] = operation.expert
+            else:
+                target[target.index(FREE)] = operation.expert
         after = object.__new__(Placement)  # valid because this one is: no need to look at every slot again
         object.__setattr__(after, "slots", tuple(map(tuple, rows)))
         return after
