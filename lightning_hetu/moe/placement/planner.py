@@ -27,13 +27,13 @@ from lightning_hetu.moe.placement.transition import relabel, transition
 Policy = Literal["flexmoe", "eplb", "shadow", "none"]
 
 COPY_PRICE = 2e-3
-"""Without a cost model: sending an expert must lower the balance ratio by this much."""
+"""Without a cost model: by how much sending one expert per rank, side by side, must lower the balance ratio."""
 
 LEAST_SAVING = 5e-3
 """Share of a step, or of the balance ratio, that a plan of ``flexmoe`` saves: loads of steps differ by more."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PlacementPlan:
     """What to do, and what is expected of it.
 

@@ -1,8 +1,8 @@
 """Replays a routing trace over a described cluster: balance, step times and moved bytes under a policy.
 
 Every ``interval`` steps the policy sees the mean of the last ``window`` steps and may change the placement, which the
-next step pays for. ``shadow`` decides at each step for that step, as FasterMoE does, and pays each time. Steps are
-priced by their own tokens, with the placement of the moment.
+next step pays for; what ``eplb`` wants is done whether it pays or not. ``shadow`` decides at each step for that step,
+as FasterMoE does, and pays each time. Steps are priced by their own tokens, with the placement of the moment.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Refresh = Literal["step", "check"]
 """When the optimal split is solved: for the tokens of each step, or at each check for the mean before it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Replay:
     """What a policy did with a trace.
 
