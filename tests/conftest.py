@@ -38,6 +38,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             file = nodeid.partition("::")[0]
             return next((room for room in _START_PROCESSES if file.startswith(room)), file)
 
+    config.option.loadscopereorder = False  # it would put rooms with few long tests last
     return ByRoom(config, log)
 
 
