@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-import time
 from statistics import median
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from lightning_hetu.parallel.expert_mesh import ExpertMesh
 from lightning_hetu.planning.topology import Link
+from lightning_hetu.profiling._measure import Stopwatch
 
 _SIZES = (4 << 10, 4 << 20)
 """Bytes that a rank sends: so few that latency decides, and so many that bandwidth does."""
@@ -65,16 +64,9 @@ def fit_link(ranks: int, sizes: tuple[int, int], seconds: tuple[float, float]) -
 def _seconds(group: ProcessGroup, size: int, device: torch.device) -> float:
     """Median of several runs, after two that are not counted."""
     own = torch.zeros(max(size // group.size(), 1) * group.size(), dtype=torch.uint8, device=device)
-    other, times = torch.empty_like(own), []
+    other, times, watch = torch.empty_like(own), [], Stopwatch(device)
     for _ in range(_REPEATS + 2):
-        _wait(own)
-        begin = time.perf_counter()
+        watch.start()
         dist.all_to_all_single(other, own, group=group)
-        _wait(own)
-        times.append(time.perf_counter() - begin)
+        times.append(watch.stop())
     return median(times[2:])
-
-
-def _wait(tensor: Tensor) -> None:
-    if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)
